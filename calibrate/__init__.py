@@ -1,0 +1,1 @@
+"""Models and machines that ship with moesim; measuring a machine."""

@@ -1,0 +1,1 @@
+"""Offloading policies, the interface they are written against, and the parts they share."""

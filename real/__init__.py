@@ -1,0 +1,1 @@
+"""The real machine; empty until the torch lanes are built."""

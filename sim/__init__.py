@@ -1,0 +1,1 @@
+"""Simulated machines, and what a run is measured by."""

@@ -1,0 +1,1 @@
+"""Routing traces: format, workloads cut from them, generator, statistics, predictors."""
