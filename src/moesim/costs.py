@@ -6,29 +6,62 @@ it, and the host's own forecast does. Calibrated floats become ns here, once, ro
 
 from typing import NamedTuple
 
+import numpy as np
+
+from moesim.errors import InputError
+from moesim.model import (
+    GroupedQuery,
+    ModelSpec,
+    attention_params,
+    dense_params,
+    expert_bytes,
+    expert_params,
+    kv_bytes_per_token,
+    layer_kv_bytes,
+    packed_bytes,
+    pair_flops,
+    router_params,
+    shared_params,
+    streamed_params,
+)
+from moesim.profile import AttentionTable, ExpertTable, HardwareProfile, Provenance
 from moesim.types import (
     ATTENTION,
+    BITS,
     COMBINE,
+    COPY_IN,
+    D2H,
+    DATASHEET,
+    DENSE_IN,
     DISK,
     DISK_READ,
     EXPERT_CPU,
     EXPERT_GPU,
+    EXTRAPOLATED,
     GATE,
     GPU,
     H2D,
-    D2H,
     HEAD,
+    INTERPOLATED,
+    KINDS,
+    KV_IN,
     KV_OUT,
+    MEASURED,
     MOVE,
+    PAUSE,
     PREDICT,
+    RETURN,
     SEND,
     SHARED,
     WHOLE,
+    FloatArray,
     IntArray,
 )
 
 CONTEXT_UNIT = 1 << 20
 """Time per attended token is kept in ns / 2**20."""
+MAX_TOKENS = 1 << 22
+"""The most that one operation may have: a bound on memory, not on machines."""
 
 
 class Costs(NamedTuple):
@@ -84,54 +117,282 @@ def copy_ns(costs: Costs, lane: int, size_bytes: int) -> int:
     """Return the time of one copy on a lane at full speed, rounded up; nothing takes no time."""
     if size_bytes <= 0:
         return 0
-    rate = costs.rate[lane, 1]
-    return costs.rate[lane, 0] + (size_bytes * 1_000_000 + rate - 1) // rate
+    latency_ns: int = costs.rate[lane, 0]
+    rate: int = costs.rate[lane, 1]
+    return latency_ns + (size_bytes * 1_000_000 + rate - 1) // rate
 
 
 def part_bytes(costs: Costs, layer: int, precision: int, start: int, part: int) -> int:
     """Return the bytes of the `part`/1024 of an expert from `start`; parts sum to the whole."""
-    whole = costs.expert_bytes[layer, precision]
+    whole: int = costs.expert_bytes[layer, precision]
     return whole * (start + part) // WHOLE - whole * start // WHOLE
 
 
-def duration_ns(  # noqa: PLR0911  one answer per kind
-    costs: Costs, phase: int, kind: int, layer: int, amount: int, context: int, part: int, precision: int
+def duration_ns(
+    costs: Costs,
+    phase: int,
+    kind: int,
+    layer: int,
+    amount: int,
+    context: int,
+    part: int,
+    precision: int,
 ) -> int:
     """Return how long an operation takes when nothing else is busy.
 
     `amount` is tokens (sequences for HEAD) or bytes, by kind; `context` is the tokens attended to
     (ATTENTION) or where the part of an expert starts (EXPERT_GPU). Pieces of an expert sum exactly.
     """
+    ns: int
     if kind == EXPERT_GPU:
-        whole = costs.expert_gpu_ns[precision, amount]
-        return whole * (context + part) // WHOLE - whole * context // WHOLE
-    if kind == EXPERT_CPU:
-        return costs.expert_cpu_ns[precision, amount]
-    if kind in (GATE, PREDICT):
-        return costs.gate_ns[amount]
-    if kind == ATTENTION:
-        before = costs.dense_before[layer]
+        whole: int = costs.expert_gpu_ns[precision, amount]
+        ns = whole * (context + part) // WHOLE - whole * context // WHOLE
+    elif kind == EXPERT_CPU:
+        ns = costs.expert_cpu_ns[precision, amount]
+    elif kind in (GATE, PREDICT):
+        ns = costs.gate_ns[amount]
+    elif kind == ATTENTION:
+        before: int = costs.dense_before[layer]
         attended = (context * costs.context_fp[phase] + CONTEXT_UNIT - 1) // CONTEXT_UNIT
-        return (before + 1) * (costs.attention_ns[amount] + attended) + before * costs.dense_ns[amount]
-    if kind == COMBINE:
-        return costs.combine_ns[amount]
-    if kind == SHARED:
-        return costs.shared_ns[amount]
-    if kind == HEAD:
-        return costs.head_ns[amount]
-    if kind == MOVE:
-        return copy_ns(costs, GPU, amount)
-    if kind in (SEND, KV_OUT):
-        return copy_ns(costs, D2H, amount)
-    if kind == DISK_READ:
-        return copy_ns(costs, DISK, amount)
-    return copy_ns(costs, H2D, amount)
+        ns = (before + 1) * (costs.attention_ns[amount] + attended)
+        ns += before * costs.dense_ns[amount]
+    elif kind == COMBINE:
+        ns = costs.combine_ns[amount]
+    elif kind == SHARED:
+        ns = costs.shared_ns[amount]
+    elif kind == HEAD:
+        ns = costs.head_ns[amount]
+    elif kind == MOVE:
+        ns = copy_ns(costs, GPU, amount)
+    elif kind in (SEND, KV_OUT):
+        ns = copy_ns(costs, D2H, amount)
+    elif kind == DISK_READ:
+        ns = copy_ns(costs, DISK, amount)
+    else:
+        ns = copy_ns(costs, H2D, amount)
+    return ns
 
 
 def source_of(costs: Costs, kind: int, amount: int, precision: int) -> int:
     """Return the `types.SOURCES` code of the number behind an operation's duration."""
+    source: int = costs.kind_source[kind]
     if kind == EXPERT_GPU:
-        return costs.expert_gpu_source[precision, amount]
-    if kind == EXPERT_CPU:
-        return costs.expert_cpu_source[precision, amount]
-    return costs.kind_source[kind]
+        source = costs.expert_gpu_source[precision, amount]
+    elif kind == EXPERT_CPU:
+        source = costs.expert_cpu_source[precision, amount]
+    return source
+
+
+def build_costs(
+    model: ModelSpec,
+    profile: HardwareProfile,
+    tokens: int,
+    sequences: int,
+    *,
+    dense_bits: int = 16,
+) -> Costs:
+    """Return the costs of a model on a machine, for at most so many tokens and sequences at once.
+
+    What was measured for this shape and precision wins, interpolated linearly in tokens; beyond
+    its last point it grows as fast as at its end or as the roofline, whichever is faster. The rest
+    is a roofline: kernels and the larger of weights over bandwidth and operations over their rate.
+    `dense_bits` is the precision of the weights outside the routed experts.
+
+    Raises InputError for no or too many tokens, ModelError for a precision that does not exist.
+    """
+    for name, most in (("tokens", tokens), ("sequences", sequences)):
+        if not 1 <= most <= MAX_TOKENS:
+            raise InputError(f"{name} must be from 1 to {MAX_TOKENS}, not {most}")
+    gpu, cpu, link = profile.gpu, profile.cpu, profile.link
+    hidden, tables, origin = model.hidden, profile.tables, profile.provenance
+    sizes = [expert_bytes(model, bits) for bits in BITS]
+    flops = 2.0 * expert_params(model)
+    launch_ns = float(gpu.launch_ns)
+
+    def on_gpu(kernels: int, params: int) -> _Roofline:
+        moved = packed_bytes(params, dense_bits)
+        ns = moved / gpu.memory_bytes_per_s * 1e9
+        return _Roofline(kernels * launch_ns, ns, 2.0 * params / gpu.flops_per_s * 1e9)
+
+    gpu_experts = [
+        _curve(
+            _Roofline(
+                gpu.kernels.expert * launch_ns,
+                size / gpu.memory_bytes_per_s * 1e9,
+                flops / gpu.flops_per_s * 1e9,
+            ),
+            _expert_table(tables.expert_gpu, model, bits),
+            tokens,
+            _derived(origin.gpu),
+        )
+        for size, bits in zip(sizes, BITS, strict=True)
+    ]
+    cpu_experts = [
+        _curve(
+            _Roofline(
+                float(cpu.overhead_ns),
+                size / cpu.expert_bytes_per_s * 1e9,
+                flops / cpu.flops_per_s * 1e9,
+            ),
+            _expert_table(tables.expert_cpu, model, bits),
+            tokens,
+            _derived(origin.cpu),
+        )
+        for size, bits in zip(sizes, BITS, strict=True)
+    ]
+    attention = on_gpu(gpu.kernels.attention, attention_params(model))
+    attention_table = _attention_table(tables.attention, model)
+    attention_ns, _ = _curve(attention, attention_table, max(tokens, sequences), 0)
+    ffn_kernels = gpu.kernels.expert
+    dense = on_gpu(ffn_kernels, dense_params(model)) if model.dense_width else _NOTHING
+    shared = on_gpu(ffn_kernels, shared_params(model)) if model.shared_width else _NOTHING
+    dense_ns = _plain(dense, max(tokens, sequences))
+    # Reads top_k results and the residual of every token, and writes one row.
+    moved_ns = 2 * hidden * (model.top_k + 2) / gpu.memory_bytes_per_s * 1e9
+    combine = _Roofline(gpu.kernels.combine * launch_ns, 0.0, moved_ns)
+    head_ns = _plain(on_gpu(gpu.kernels.head, hidden * model.vocab), sequences)
+    head_ns += model.dense_after * (attention_ns + dense_ns)[: sequences + 1]
+
+    copies = _measured(origin.link)
+    kind_source = np.full(len(KINDS), _derived(origin.gpu), np.int64)
+    kind_source[EXPERT_CPU] = _derived(origin.cpu)
+    if attention_table:
+        measured = attention_table.provenance.source == "measured"
+        kind_source[ATTENTION] = INTERPOLATED if measured else DATASHEET
+    kind_source[[COPY_IN, RETURN, KV_IN, DENSE_IN, SEND, KV_OUT]] = copies
+    kind_source[DISK_READ] = _measured(origin.disk)
+    kind_source[PAUSE] = _measured(origin.host)
+
+    # Moving bytes inside a memory reads and writes them: half its rate. The CPU's row is unused.
+    channels = (
+        (gpu.launch_ns, gpu.memory_bytes_per_s / 2),
+        (0, cpu.memory_bytes_per_s / 2),
+        (link.h2d.latency_ns, link.h2d.bytes_per_s),
+        (link.d2h.latency_ns, link.d2h.bytes_per_s),
+        (profile.disk.latency_ns, profile.disk.bytes_per_s),
+    )
+    return Costs(
+        expert_gpu_ns=np.stack([ns for ns, _ in gpu_experts]),
+        expert_cpu_ns=np.stack([ns for ns, _ in cpu_experts]),
+        attention_ns=attention_ns[: tokens + 1].copy(),
+        context_fp=_context_fp(model, profile, attention_table),
+        dense_ns=dense_ns[: tokens + 1].copy(),
+        dense_before=np.array(model.dense_before, np.int64),
+        gate_ns=_plain(on_gpu(gpu.kernels.gate, router_params(model)), tokens),
+        shared_ns=_plain(shared, tokens),
+        combine_ns=_plain(combine, tokens),
+        head_ns=head_ns,
+        rate=np.array([(ns, max(1, int(rate // 1000))) for ns, rate in channels], np.int64),
+        expert_bytes=np.tile(np.array(sizes, np.int64), (model.layers, 1)),
+        attention_bytes=np.array(
+            [packed_bytes(params, dense_bits) for params in streamed_params(model)], np.int64
+        ),
+        kv_bytes=np.array(kv_bytes_per_token(model), np.int64),
+        token_bytes=2 * hidden,
+        kind_source=kind_source,
+        expert_gpu_source=np.stack([source for _, source in gpu_experts]),
+        expert_cpu_source=np.stack([source for _, source in cpu_experts]),
+    )
+
+
+class _Roofline(NamedTuple):
+    """`fixed_ns` and the larger of `memory_ns`, once, and `token_ns`, for every token."""
+
+    fixed_ns: float
+    memory_ns: float
+    token_ns: float
+
+
+_NOTHING = _Roofline(0.0, 0.0, 0.0)
+
+
+def _roofline_ns(roof: _Roofline, counts: FloatArray) -> FloatArray:
+    ns: FloatArray = roof.fixed_ns + np.maximum(roof.memory_ns, roof.token_ns * counts)
+    return ns
+
+
+def _plain(roof: _Roofline, tokens: int) -> IntArray:
+    """Return (tokens + 1,): the roofline in whole ns, 0 for no tokens."""
+    return _rounded_up(_roofline_ns(roof, np.arange(tokens + 1, dtype=np.float64)))
+
+
+def _rounded_up(ns: FloatArray) -> IntArray:
+    """Return whole ns, never falling, from 0 for no tokens; 1e-6 ns is noise of the division."""
+    whole = np.ceil(np.round(ns, 6)).astype(np.int64)
+    whole[0] = 0
+    return np.ascontiguousarray(np.maximum.accumulate(whole))
+
+
+def _curve(
+    roof: _Roofline, table: ExpertTable | AttentionTable | None, tokens: int, otherwise: int
+) -> tuple[IntArray, IntArray]:
+    """Return (tokens + 1,) ns and sources: the table where there is one, else the roofline.
+
+    A measured time below that of fewer tokens is noise and is raised to it. Below the first point
+    the line starts at one token with the roofline's time, or the first point's if that is less.
+    """
+    counts = np.arange(tokens + 1, dtype=np.float64)
+    if table is None:
+        return _rounded_up(_roofline_ns(roof, counts)), np.full(tokens + 1, otherwise, np.int64)
+    at = np.array([point[0] for point in table.points], np.float64)
+    ns = np.maximum.accumulate(np.array([point[1] for point in table.points], np.float64))
+    slope = (ns[-1] - ns[-2]) / (at[-1] - at[-2]) if len(at) > 1 else 0.0
+    measured = np.isin(counts, at)
+    if at[0] > 1:
+        floor_ns = min(ns[0], float(_roofline_ns(roof, np.ones(1))[0]))
+        at, ns = np.concatenate(([1.0], at)), np.concatenate(([floor_ns], ns))
+    growth = _roofline_ns(roof, counts) - _roofline_ns(roof, at[-1:])
+    beyond = ns[-1] + np.maximum(slope * (counts - at[-1]), growth)
+    source = np.where(measured, MEASURED, np.where(counts > at[-1], EXTRAPOLATED, INTERPOLATED))
+    source[0] = MEASURED
+    if table.provenance.source != "measured":
+        source = np.full(tokens + 1, DATASHEET)
+    curve = np.where(counts > at[-1], beyond, np.interp(counts, at, ns))
+    return _rounded_up(curve), source.astype(np.int64)
+
+
+def _expert_table(
+    tables: tuple[ExpertTable, ...], model: ModelSpec, bits: int
+) -> ExpertTable | None:
+    shape = (model.hidden, model.expert_width, bits)
+    return next((t for t in tables if (t.hidden, t.width, t.bits) == shape), None)
+
+
+def _attention_table(tables: tuple[AttentionTable, ...], model: ModelSpec) -> AttentionTable | None:
+    own = model.attention
+    if isinstance(own, GroupedQuery):
+        shape = (model.hidden, own.heads, own.kv_heads, own.head_dim)
+    else:
+        width = own.qk_nope_head_dim + own.qk_rope_head_dim
+        shape = (model.hidden, own.heads, own.heads, width)
+    return next((t for t in tables if (t.hidden, t.heads, t.kv_heads, t.head_dim) == shape), None)
+
+
+def _context_fp(
+    model: ModelSpec, profile: HardwareProfile, table: AttentionTable | None
+) -> IntArray:
+    """Return (phases,): prefill computes every pair, decode reads every key and value once.
+
+    Layers without a cache attend to nothing; their share is taken off all layers alike.
+    """
+    with_cache = model.hidden_layers - len(model.cacheless_layer_ids)
+    if table:
+        per_pair = np.array([table.prefill_ns_per_attended, table.decode_ns_per_attended])
+    else:
+        compute_ns = pair_flops(model) / profile.gpu.flops_per_s * 1e9
+        read_ns = layer_kv_bytes(model) / profile.gpu.memory_bytes_per_s * 1e9
+        per_pair = np.array([compute_ns, max(compute_ns, read_ns)])
+    whole: IntArray = np.ceil(per_pair * CONTEXT_UNIT * with_cache / model.hidden_layers).astype(
+        np.int64
+    )
+    return whole
+
+
+def _derived(origin: Provenance) -> int:
+    """Return the source of a roofline over a section's rates."""
+    return EXTRAPOLATED if origin.source == "measured" else DATASHEET
+
+
+def _measured(origin: Provenance) -> int:
+    """Return the source of a number that is the section's own."""
+    return MEASURED if origin.source == "measured" else DATASHEET

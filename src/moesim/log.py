@@ -11,14 +11,20 @@ OPERATION = np.dtype(
     [
         ("ticket", np.int64),  # 1, 2, 3 ... in order of submission
         ("amount", np.int64),  # tokens (HEAD: sequences) or bytes, by kind
-        ("context", np.int64),  # ATTENTION: tokens attended to; expert and COPY_IN: first part, of 1024
+        (
+            "context",
+            np.int64,
+        ),  # ATTENTION: tokens attended to; expert and COPY_IN: first part, of 1024
         ("duration_ns", np.int64),  # alone on the machine, jitter included
         ("submit_ns", np.int64),
         ("promote_ns", np.int64),  # when it went from the background to the urgent queue; else -1
         ("cancel_ns", np.int64),  # when it was taken back; it then never starts; else -1
         ("after", np.int64, (3,)),  # tickets it waits for; 0: nothing
         ("step", np.int32),
-        ("slot", np.int32),  # GPU slot that a COPY_IN or MOVE fills, or an EXPERT_GPU reads; else -1
+        (
+            "slot",
+            np.int32,
+        ),  # GPU slot that a COPY_IN or MOVE fills, or an EXPERT_GPU reads; else -1
         ("layer", np.int16),
         ("expert", np.int16),
         ("batch", np.int16),  # of the group; -1: all batches at once

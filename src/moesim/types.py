@@ -4,7 +4,7 @@ Every code is a small `int`, so that hooks, host and machines may be compiled. T
 `int` bytes, a part of an expert is counted in 1/1024 of its bytes.
 """
 
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -85,15 +85,19 @@ OUTCOMES = ("resident", "arrived", "late", "fetched", "cpu")
 cached on the GPU | prefetched and there | prefetched and still on its way | copied on demand, in
 whole or in part | computed on the CPU."""
 
-Tuple = TypeVar("Tuple", bound=NamedTuple)
+Arrays = TypeVar("Arrays")
 
 
-def as_scalars(arrays: Tuple) -> Tuple:
+def as_scalars(arrays: Arrays) -> Arrays:
     """Return the same NamedTuple with memoryviews in place of its arrays, over the same memory.
 
     Plain Python reads an element of a memoryview in half the time and gets an `int`, whose
     arithmetic is three times as fast as that of an `np.int64`. Code that only reads and writes
     single elements cannot tell the difference; compiled code is given the arrays themselves.
+    NamedTuples inside are converted too.
     """
-    fields = cast("tuple[Any, ...]", arrays)
-    return type(arrays)(*(memoryview(f) if isinstance(f, np.ndarray) else f for f in fields))  # type: ignore[call-overload, no-any-return]
+    if isinstance(arrays, np.ndarray):
+        return cast("Arrays", memoryview(np.ascontiguousarray(arrays)))
+    if isinstance(arrays, tuple) and hasattr(arrays, "_fields"):
+        return cast("Arrays", type(arrays)(*(as_scalars(field) for field in arrays)))
+    return arrays

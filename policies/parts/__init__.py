@@ -1,0 +1,1 @@
+"""What policies are composed of: cache rules, assignment rules. Free functions over arrays."""

@@ -1,0 +1,113 @@
+"""Cache rules: who leaves a layer's cache when another expert enters.
+
+A rule is told what happens (`..._enter`, `..._use`, `..._leave`) and names a victim; it holds no
+slots and moves nothing. LRU and FIFO are one order of experts per layer, oldest first.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moesim.types import NONE, IntArray
+
+
+class Order(NamedTuple):
+    """A doubly linked list per layer; entry `experts` is both its front and its end."""
+
+    after: IntArray
+    """(layers, experts + 1)."""
+    before: IntArray
+    """(layers, experts + 1); NONE for an expert that is not in the list."""
+
+
+def new_order(layers: int, experts: int) -> Order:
+    """Return empty lists."""
+    order = Order(np.full((layers, experts + 1), NONE), np.full((layers, experts + 1), NONE))
+    order.after[:, experts] = experts
+    order.before[:, experts] = experts
+    return order
+
+
+def order_leave(order: Order, layer: int, expert: int) -> None:
+    """Take an expert out of its layer's list; nothing happens if it is not there."""
+    before = order.before[layer, expert]
+    if before != NONE:
+        after = order.after[layer, expert]
+        order.after[layer, before] = after
+        order.before[layer, after] = before
+        order.before[layer, expert] = NONE
+
+
+def order_append(order: Order, layer: int, expert: int) -> None:
+    """Put an expert at the young end of its layer's list, wherever it was."""
+    order_leave(order, layer, expert)
+    end = order.after.shape[1] - 1
+    last = order.before[layer, end]
+    order.after[layer, last] = expert
+    order.before[layer, expert] = last
+    order.after[layer, expert] = end
+    order.before[layer, end] = expert
+
+
+def order_oldest(order: Order, layer: int, protected: IntArray) -> int:
+    """Return the oldest expert of a layer's list that has no tokens in `protected`, or NONE."""
+    end = order.after.shape[1] - 1
+    expert = order.after[layer, end]
+    while expert != end:
+        if protected[expert] == 0:
+            return expert
+        expert = order.after[layer, expert]
+    return NONE
+
+
+def lru_use(order: Order, layer: int, expert: int) -> None:
+    """Least recently used: a hit makes an expert the youngest."""
+    order_append(order, layer, expert)
+
+
+def fifo_use(order: Order, layer: int, expert: int) -> None:
+    """First in, first out: a hit changes nothing."""
+
+
+class Window(NamedTuple):
+    """DALI's workload-aware cache (arXiv 2602.03495, section 4.3 and Algorithm 2)."""
+
+    score: IntArray
+    """(layers, experts): tokens routed in this window."""
+    steps: IntArray
+    """(layers,): steps counted, since the start."""
+
+
+def new_window(layers: int, experts: int) -> Window:
+    """Return a window in which nothing was counted yet."""
+    return Window(np.zeros((layers, experts), np.int64), np.zeros(layers, np.int64))
+
+
+def window_count(
+    window: Window, layer: int, active: IntArray, n_active: int, loads: IntArray
+) -> None:
+    """Add one step's loads to the layer's scores."""
+    for i in range(n_active):
+        window.score[layer, active[i]] += loads[active[i]]
+    window.steps[layer] += 1
+
+
+def window_due(window: Window, layer: int, size: int, early: int) -> bool:
+    """Say whether the layer swaps now: after each full window.
+
+    With `early` as Algorithm 2 has it, `i mod size == 0` counted from step 0: after the first step
+    already, and then every `size` steps.
+    """
+    done = window.steps[layer]
+    return (done - 1) % size == 0 if early else done % size == 0
+
+
+def window_best(window: Window, layer: int, cached: IntArray) -> int:
+    """Return the absent expert with the highest score, the lowest id on ties; NONE if none is."""
+    best = NONE
+    for expert in range(window.score.shape[1]):
+        if cached[layer, expert] == 0 and (
+            best == NONE or window.score[layer, expert] > window.score[layer, best]
+        ):
+            best = expert
+    return best

@@ -1,0 +1,112 @@
+"""Static split: some experts live on the GPU for good, the CPU computes all others."""
+
+import json
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from moesim.errors import InputError
+from moesim.policies.api import (
+    Placement,
+    Plan,
+    Setting,
+    View,
+    even_split,
+    layer_caches,
+    run_on_cpu,
+    run_on_gpu,
+)
+from moesim.types import WHOLE, IntArray
+
+
+class Static(NamedTuple):
+    """A fixed set of experts runs on the GPU, every other one on the CPU; no weights ever move.
+
+    By layer and index: llama.cpp's `--n-cpu-moe N`, the experts of the first N layers on the CPU.
+    By expert and index: KTransformers' `uniform`, equally many per layer. By expert and popularity:
+    Fiddler's placement (arXiv 2402.07033), the most used (layer, expert) pairs in one global order,
+    counted on the part of the trace that is not replayed.
+    """
+
+    resident: IntArray
+    """(layers, experts)."""
+
+    @classmethod
+    def new(
+        cls,
+        setting: Setting,
+        by: Literal["layer", "expert"] = "layer",
+        order: Literal["index", "popularity", "list"] = "index",
+        file: str = "",
+    ) -> "Static":
+        """`file`, for order=list: JSON [[layer, expert], ...], or [layer, ...] by layer."""
+        shape = (setting.layers, setting.experts)
+        resident = np.zeros(shape, np.int64)
+        if order == "list":
+            wanted = read_list(file, by, shape)
+        elif by == "layer":
+            layers = range(setting.layers - 1, -1, -1)
+            if order == "popularity":
+                raise InputError("policy static: every layer is equally popular; use by=expert")
+            wanted = [(layer, expert) for layer in layers for expert in range(setting.experts)]
+        elif order == "index":
+            counts = even_split(min(setting.slots, resident.size), setting.layers)
+            wanted = [(layer, e) for layer in range(setting.layers) for e in range(counts[layer])]
+        else:
+            if not setting.popularity.any():
+                raise InputError(
+                    "policy static: order=popularity counts on the part of the trace that is not "
+                    "replayed, and nothing is left of it; replay fewer sequences"
+                )
+            by_use = np.argsort(-setting.popularity, axis=None, kind="stable")
+            wanted = [divmod(int(pair), setting.experts) for pair in by_use]
+        fits = setting.slots
+        if by == "layer":
+            fits -= fits % setting.experts
+        for layer, expert in wanted[:fits]:
+            resident[layer, expert] = WHOLE
+        return cls(resident)
+
+    def place(self, setting: Setting) -> Placement:
+        """Fill exactly the slots that are used."""
+        slots = (self.resident > 0).sum(axis=1)
+        return layer_caches(setting, cached=self.resident, slots=slots, staging_slots=0)
+
+    def dispatch(self, view: View, plan: Plan) -> None:
+        """Let the CPU begin, then run what is resident."""
+        for i in range(view.n_active):
+            if view.cached[view.layer, view.active[i]] == 0:
+                run_on_cpu(plan, view.active[i])
+        for i in range(view.n_active):
+            if view.cached[view.layer, view.active[i]] > 0:
+                run_on_gpu(plan, view.active[i])
+
+
+def read_list(file: str, by: str, shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """Read (layer, expert) pairs in order of priority; raise InputError for anything else."""
+    form = "[[layer, expert], ...]" if by == "expert" else "[layer, ...]"
+    if not file:
+        raise InputError(f"policy static: order=list needs file=FILE, a JSON list {form}")
+    try:
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"policy static: cannot read file={file}: {error}") from None
+    layers, experts = shape
+    pairs: list[tuple[int, int]] = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        match entry:
+            case int() if by == "layer" and 0 <= entry < layers:
+                pairs += [(entry, expert) for expert in range(experts)]
+            case [int() as layer, int() as expert] if (
+                by == "expert" and 0 <= layer < layers and 0 <= expert < experts
+            ):
+                pairs.append((layer, expert))
+            case _:
+                raise InputError(
+                    f"policy static: {file} has {entry!r}; legal is {form} with layers "
+                    f"0..{layers - 1} and experts 0..{experts - 1}"
+                )
+    if len(set(pairs)) < len(pairs):
+        raise InputError(f"policy static: {file} names an expert twice")
+    return pairs

@@ -1,0 +1,503 @@
+"""The reference machine: lanes on a SimPy clock, with the rules of `moesim.machine`.
+
+At each instant, SimPy's priorities give the order that every simulated machine keeps: completions
+in lane order, then one pass that starts what can start, repeated until nothing changes, then the
+host. Work is counted in ns x 1024 and done at `rate`/1024 of full speed while several lanes are
+busy; time is rounded up only at the end of an operation or at a preemption.
+"""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import numpy as np
+import simpy
+
+from moesim.costs import Costs, duration_ns, source_of
+from moesim.errors import DeadlockError
+from moesim.log import OPERATION, SEGMENT
+from moesim.run import Feed
+from moesim.types import (
+    COPY_IN,
+    DENSE_IN,
+    DISK_READ,
+    GPU,
+    H2D,
+    H2D_BACKGROUND,
+    HEAD,
+    KINDS,
+    KV_IN,
+    KV_OUT,
+    LANE_OF_QUEUE,
+    LANES,
+    MOVE,
+    QUEUES,
+    SOURCES,
+    FloatArray,
+    IntArray,
+)
+
+FULL_SPEED = 1024
+START_PASS = len(LANES)
+HOST = START_PASS + 1
+
+WAITS = ("weights", "cpu", "host", "kv", "dense", "disk")
+"""What the GPU may have to wait for."""
+WAIT_WEIGHTS, WAIT_CPU, WAIT_HOST, WAIT_KV, WAIT_DENSE, WAIT_DISK = range(
+    MOVE + 1, MOVE + 1 + len(WAITS)
+)
+TIMES = MOVE + 1 + len(WAITS)
+"""Time is split into the kinds of the GPU lane, 0..MOVE, and these waits."""
+
+WAIT_FOR = {
+    COPY_IN: WAIT_WEIGHTS,
+    KV_IN: WAIT_KV,
+    KV_OUT: WAIT_KV,
+    DENSE_IN: WAIT_DENSE,
+    DISK_READ: WAIT_DISK,
+}
+
+
+class Totals(NamedTuple):
+    """What a machine has added up at the end of a HEAD, or after draining."""
+
+    now_ns: int
+    time_ns: tuple[int, ...]
+    """(TIMES,): what the GPU lane did or waited for; sums to `now_ns`."""
+    busy_ns: tuple[int, ...]
+    """(lanes,): work under way included up to now."""
+    copied_bytes: IntArray
+    """(kinds, causes): of operations that are done."""
+    source_ns: tuple[int, ...]
+    """(sources,): duration of operations that are done, by what their numbers rest on."""
+
+
+class Operation:
+    """One submitted operation, while it is open."""
+
+    __slots__ = (
+        "amount",
+        "batch",
+        "blockers",
+        "cause",
+        "chunks",
+        "context",
+        "dependents",
+        "expert",
+        "held_up_by",
+        "kind",
+        "layer",
+        "left",
+        "part",
+        "precision",
+        "queue",
+        "slot",
+        "source",
+        "ticket",
+        "work",
+    )  # fmt: skip
+
+    ticket: int
+    queue: int
+    kind: int
+    layer: int
+    expert: int
+    slot: int
+    amount: int
+    cause: int
+    source: int
+    work: int
+    """ns x 1024 in all, and what is left of it."""
+    left: int
+    chunks: int
+    """Into how many equal stretches a copy may be cut."""
+    blockers: int
+    """Operations that it still waits for."""
+    held_up_by: int
+    """Kind of the operation that it waited for and that ended last."""
+    dependents: "list[Operation]"
+
+
+class Wakeup(simpy.Event):
+    """An event that has its value already and waits only for its time, and its turn in it."""
+
+    def __init__(self, machine: "SimpyMachine", lane: int, priority: int, delay: int) -> None:
+        self.env = machine.env
+        self.callbacks = [machine.woken]
+        self._value = None
+        self._ok = True
+        self.lane = lane
+        self.env.schedule(self, priority, delay)  # type: ignore[arg-type]
+
+
+class SimpyMachine:
+    """Lanes, queues and a clock; see `moesim.machine.Machine` for its verbs."""
+
+    def __init__(
+        self, costs: Costs, feed: Feed, rates: IntArray, chunk_bytes: int, *, jitter: int = 0,
+        seed: int = 0, record: bool = False,
+    ) -> None:  # fmt: skip
+        """Make an idle machine at time 0.
+
+        `rates` is (32, lanes): progress in 1/1024 of each lane for each bit set of busy lanes.
+        `jitter` stretches each operation by up to so many 1024ths, drawn from (seed, ticket).
+        `record` keeps the full log.
+        """
+        self.env = simpy.Environment(initial_time=0)  # type: ignore[arg-type]
+        self.costs = costs
+        self.feed = feed
+        self.rates = rates.tolist()
+        self.plain = int(rates.min()) == FULL_SPEED
+        self.chunk_bytes = chunk_bytes
+        self.jitter = jitter
+        self.seed = seed
+        self.record = record
+        self.step = 0
+        self.phase = 0
+        self.tickets = 0
+        self.open: dict[int, Operation] = {}
+        self.queues: list[deque[Operation]] = [deque() for _ in QUEUES]
+        self.running: list[Operation | None] = [None for _ in LANES]
+        self.events: list[Wakeup | None] = [None for _ in LANES]
+        self.rate = [FULL_SPEED for _ in LANES]
+        self.since = [0 for _ in LANES]
+        self.started = [0 for _ in LANES]
+        self.border = -1
+        self.busy_set = 0
+        self.passing = False
+        self.charged = 0
+        self.time_ns = [0] * TIMES
+        self.busy_ns = [0 for _ in LANES]
+        self.source_ns = [0 for _ in SOURCES]
+        self.copied = np.zeros((len(KINDS), 4), np.int64)
+        self.copied_items = memoryview(self.copied)
+        self.heads: list[Totals] = []
+        self.preemptions = 0
+        self.paused_ns = 0
+        self.operations: dict[int, list[Any]] = {}
+        self.segments: list[tuple[int, int, int, int]] = []
+
+    # The verbs.
+
+    def begin(self, step: int, phase: int) -> None:
+        """See `Machine.begin`."""
+        self.step = step
+        self.phase = phase
+
+    def submit(
+        self, queue: int, kind: int, layer: int, expert: int, batch: int, amount: int, context: int,
+        part: int, precision: int, slot: int, cause: int, after0: int, after1: int, after2: int,
+    ) -> int:  # fmt: skip
+        """See `Machine.submit`."""
+        self.tickets = ticket = self.tickets + 1
+        ns = duration_ns(self.costs, self.phase, kind, layer, amount, context, part, precision)
+        op = Operation()
+        op.ticket = ticket
+        op.queue = queue
+        op.kind = kind
+        op.layer = layer
+        op.expert = expert
+        op.slot = slot
+        op.amount = amount
+        op.cause = cause
+        op.source = source_of(self.costs, kind, amount, precision)
+        op.work = op.left = ns * FULL_SPEED
+        if self.jitter:
+            op.work = op.left = ns * (FULL_SPEED + draw(self.seed, ticket) % (self.jitter + 1))
+        op.chunks = 1
+        if queue == H2D_BACKGROUND and self.chunk_bytes > 0:
+            op.chunks = max(1, -(-amount // self.chunk_bytes))
+        op.blockers = 0
+        op.held_up_by = kind
+        op.dependents = []
+        for after in (after0, after1, after2):
+            blocker = self.open.get(after)
+            if blocker is not None:
+                blocker.dependents.append(op)
+                op.blockers += 1
+        self.open[ticket] = op
+        if self.record:
+            self.operations[ticket] = [
+                ticket, amount, context, op.work // FULL_SPEED, self.env.now, -1, -1,
+                (after0, after1, after2), self.step, slot, layer, expert, batch, part, queue, kind,
+                precision, cause,
+            ]  # fmt: skip
+        waiting = self.queues[queue]
+        waiting.append(op)
+        if op.blockers == 0 and len(waiting) == 1:
+            self.start_what_can(LANE_OF_QUEUE[queue])
+        return ticket
+
+    def wait(self, ticket: int) -> None:
+        """See `Machine.wait`."""
+        op = self.open.get(ticket)
+        if op is None:
+            return
+        env = self.env
+        step = env.step
+        opened = self.open
+        try:
+            while ticket in opened:
+                step()
+        except simpy.core.EmptySchedule:
+            raise DeadlockError(self.why_stuck(op)) from None
+        while env.peek() == env.now:
+            step()
+        if self.running[GPU] is None and not self.queues[GPU]:
+            self.charge(wait_of(op.kind))
+
+    def done(self, ticket: int) -> bool:
+        """See `Machine.done`."""
+        return ticket not in self.open
+
+    def pause(self, ns: int) -> None:
+        """See `Machine.pause`."""
+        begun = self.env.now
+        event = Wakeup(self, HOST, HOST, ns)
+        step = self.env.step
+        while event.callbacks is not None:
+            step()
+        self.paused_ns += ns
+        if self.record and ns > 0:
+            self.segments.append((0, int(begun), int(self.env.now), 1))
+        if self.running[GPU] is None and not self.queues[GPU]:
+            self.charge(WAIT_HOST)
+
+    def cancel(self, ticket: int) -> bool:
+        """See `Machine.cancel`."""
+        op = self.open.get(ticket)
+        if op is None or op.dependents or op.left < op.work or op in self.running:
+            return False
+        self.queues[op.queue].remove(op)
+        del self.open[ticket]
+        if self.record:
+            self.operations[ticket][6] = self.env.now
+        self.start_what_can(LANE_OF_QUEUE[op.queue])
+        return True
+
+    def promote(self, ticket: int) -> bool:
+        """See `Machine.promote`."""
+        op = self.open.get(ticket)
+        if op is None or op.queue != H2D_BACKGROUND or op.blockers or op is self.running[H2D]:
+            return False
+        self.queues[H2D_BACKGROUND].remove(op)
+        op.queue = H2D
+        self.queues[H2D].append(op)
+        if self.record:
+            self.operations[ticket][5] = self.env.now
+        self.start_what_can(H2D)
+        return True
+
+    def route(
+        self, step: int, layer: int, batch: int, first: int, ids: IntArray, weights: FloatArray
+    ) -> int:
+        """See `Machine.route`."""
+        begin, end = self.feed.steps.offset[step, batch : batch + 2]
+        n = int(end - begin)
+        np.asarray(ids)[first : first + n] = self.feed.chosen[begin:end, layer]
+        if self.feed.weights is not None:
+            np.asarray(weights)[first : first + n] = self.feed.weights[begin:end, layer]
+        return n
+
+    def predict(self, guess: int, step: int, layer: int, ids: IntArray, scores: FloatArray) -> int:
+        """See `Machine.predict`."""
+        guessed, score = self.feed.guesses[guess]
+        offset = self.feed.steps.offset[step]
+        begin, end = offset[0], offset[-1]
+        n = int(end - begin)
+        width = guessed.shape[2]
+        np.asarray(ids)[guess, :n, :width] = guessed[begin:end, layer]
+        if score is not None:
+            np.asarray(scores)[guess, :n, :width] = score[begin:end, layer]
+        return n
+
+    # The lanes.
+
+    def ready(self, queue: int) -> Operation | None:
+        """Return the head of a queue if it waits for nothing."""
+        waiting = self.queues[queue]
+        return waiting[0] if waiting and waiting[0].blockers == 0 else None
+
+    def start_what_can(self, lane: int) -> None:
+        """Start the next operation of a lane, or aim at the border where it will be preempted."""
+        running = self.running[lane]
+        if running is None:
+            op = self.ready(lane)
+            if op is None and lane == H2D:
+                op = self.ready(H2D_BACKGROUND)
+            if op is not None:
+                self.start(lane, op)
+        elif (
+            lane == H2D
+            and self.border < 0
+            and running.queue == H2D_BACKGROUND
+            and self.ready(H2D) is not None
+        ):
+            self.settle(H2D)
+            self.border = border_left(running)
+            if self.border > 0:
+                self.aim(H2D)
+
+    def start(self, lane: int, op: Operation) -> None:
+        """Put an operation on its lane."""
+        now = self.env.now
+        self.queues[op.queue].popleft()
+        if lane == GPU:
+            self.charge(wait_of(op.held_up_by))
+        self.running[lane] = op
+        self.started[lane] = self.since[lane] = now
+        self.busy_set |= 1 << lane
+        self.border = -1 if lane == H2D else self.border
+        if self.plain:
+            self.aim(lane)
+        else:
+            self.change_rates()
+
+    def stop(self, lane: int, op: Operation, done: int) -> None:
+        """Take an operation off its lane, done or preempted."""
+        now = self.env.now
+        self.busy_ns[lane] += now - self.started[lane]
+        if self.record:
+            self.segments.append((op.ticket, self.started[lane], now, done))
+        self.running[lane] = None
+        self.events[lane] = None
+        self.busy_set &= ~(1 << lane)
+        if not self.plain:
+            self.change_rates()
+        if not self.passing:
+            self.passing = True
+            Wakeup(self, START_PASS, START_PASS, 0)
+
+    def settle(self, lane: int) -> None:
+        """Count the work done since the rate last changed."""
+        op = self.running[lane]
+        now = self.env.now
+        if op is not None and now > self.since[lane]:
+            op.left -= (now - self.since[lane]) * self.rate[lane]
+        self.since[lane] = now
+
+    def change_rates(self) -> None:
+        """Let every lane go on at the speed that the lanes now busy leave it."""
+        rates = self.rates[self.busy_set]
+        for lane in range(len(LANES)):
+            op = self.running[lane]
+            if op is not None and (rates[lane] != self.rate[lane] or self.events[lane] is None):
+                self.settle(lane)
+                self.rate[lane] = rates[lane]
+                self.aim(lane)
+
+    def aim(self, lane: int) -> None:
+        """Schedule the end of what a lane does, or the border at which it is preempted."""
+        op = self.running[lane]
+        if op is not None:
+            target = self.border if lane == H2D and self.border > 0 else 0
+            delay = -(-max(0, op.left - target) // self.rate[lane])
+            self.events[lane] = Wakeup(self, lane, lane, delay)
+
+    def woken(self, event: Any) -> None:
+        """Handle an event of the clock: a completion, a border, or the start pass."""
+        lane = event.lane
+        if lane == START_PASS:
+            self.passing = False
+            for each in range(len(LANES)):
+                self.start_what_can(each)
+        elif lane != HOST and event is self.events[lane]:
+            op = self.running[lane]
+            if op is None:
+                return
+            self.settle(lane)
+            if lane == H2D and self.border > 0:
+                self.pass_border(op)
+            else:
+                self.complete(lane, op)
+
+    def pass_border(self, op: Operation) -> None:
+        """Preempt a background copy, unless nobody urgent is ready any more."""
+        border = self.border
+        self.border = -1
+        if self.ready(H2D) is None:
+            self.aim(H2D)
+            return
+        op.left = border
+        self.preemptions += 1
+        self.stop(H2D, op, 0)
+        self.queues[H2D_BACKGROUND].appendleft(op)
+
+    def complete(self, lane: int, op: Operation) -> None:
+        """Finish an operation and release what waits for it."""
+        op.left = 0
+        del self.open[op.ticket]
+        for dependent in op.dependents:
+            dependent.blockers -= 1
+            dependent.held_up_by = op.kind
+        self.source_ns[op.source] += op.work // FULL_SPEED
+        if lane == GPU:
+            self.charge(op.kind)
+        else:
+            self.copied_items[op.kind, op.cause] += op.amount
+        self.stop(lane, op, 1)
+        if op.kind == HEAD:
+            self.heads.append(self.totals())
+
+    # What it adds up to.
+
+    def charge(self, what: int) -> None:
+        """Account for the time of the GPU lane since it was last accounted for."""
+        now = self.env.now
+        if now > self.charged:
+            self.time_ns[what] += now - self.charged
+            self.charged = now
+
+    def totals(self) -> Totals:
+        """Return the sums so far."""
+        now = self.env.now
+        busy = tuple(
+            self.busy_ns[lane] + (now - self.started[lane] if self.running[lane] else 0)
+            for lane in range(len(LANES))
+        )
+        return Totals(now, tuple(self.time_ns), busy, self.copied.copy(), tuple(self.source_ns))
+
+    def drain(self) -> None:
+        """Let everything submitted finish; what cannot is a deadlock."""
+        while self.open:
+            self.wait(next(iter(self.open)))
+
+    def why_stuck(self, op: Operation) -> str:
+        """Say what a wait without end waits for."""
+        waits = [t for t, other in self.open.items() if op in other.dependents]
+        head = self.queues[op.queue][0]
+        behind = f", behind ticket {head.ticket} ({KINDS[head.kind]})" if head is not op else ""
+        return (
+            f"ticket {op.ticket} ({KINDS[op.kind]}, layer {op.layer}, expert {op.expert}) on queue "
+            f"{QUEUES[op.queue]} can never end: it waits for tickets {waits}{behind}"
+        )
+
+    def logged(self) -> tuple[Any, Any]:
+        """Return the recorded operations and segments as arrays of `log.OPERATION`, `SEGMENT`."""
+        operations = np.array([tuple(row) for row in self.operations.values()], OPERATION)
+        return operations, np.array(self.segments, SEGMENT)
+
+
+def wait_of(kind: int) -> int:
+    """Say what the GPU waits for when it waits for an operation of another lane."""
+    return WAIT_FOR.get(kind, WAIT_CPU)
+
+
+def border_left(op: Operation) -> int:
+    """Return the work left at a copy's next chunk border; 0 if it ends before one.
+
+    A copy of n chunks may be cut at equal n-ths of its work, once it has done some of it.
+    """
+    chunk = -(-op.work // op.chunks)
+    progress = op.work - op.left
+    return max(0, op.work - chunk * max(1, -(-progress // chunk)))
+
+
+def draw(seed: int, ticket: int) -> int:
+    """Return a 31-bit number that depends on seed and ticket alone.
+
+    Products stay below 2**63, so that Python and compiled code draw the same.
+    """
+    x = (seed * 2654435 + ticket * 40503 + 12345) & 0x7FFFFFFF
+    for multiplier in (0x45D9F3B, 0x119DE1F3):
+        x = ((x ^ (x >> 16)) * multiplier) & 0x7FFFFFFF
+    return x ^ (x >> 15)

@@ -1,0 +1,462 @@
+"""Carry out what a policy ordered, and refuse what it may not order."""
+
+from moesim.costs import part_bytes
+from moesim.forecast import await_ticket, launch, launch_expert
+from moesim.machine import Machine, promote
+from moesim.policies.api import (
+    ADMIT,
+    AFTER_LAYER,
+    BEFORE_ATTENTION,
+    BEFORE_GATE,
+    CACHE,
+    CANCEL,
+    DISPATCH,
+    EVICT,
+    FETCH,
+    FIRST,
+    GATE_AFTER,
+    PROMOTE,
+    REST,
+    ROUTED,
+    RUN_ON_CPU,
+    RUN_ON_GPU,
+    RUN_SHARED,
+)
+from moesim.residency import (
+    PENDING_FIRST,
+    PENDING_LAST,
+    USED,
+    copy_in,
+    exchange,
+    forget_cached,
+    forget_staged,
+    free_slot,
+    move_in,
+    occupy,
+    queue_pending,
+    read_from_disk,
+    stage,
+    staging_pool,
+    staging_slot,
+    start_pending,
+    take_back,
+    take_slot,
+)
+from moesim.state import (
+    ACTIVE,
+    ATTENTION_1,
+    BAD_HOOK,
+    BAD_PART,
+    BAD_PRECISION,
+    BAD_STEP,
+    COMPUTED,
+    COMPUTED_DEFERRED,
+    EVICTS_ACTIVE,
+    FORGOTTEN,
+    FULL_PLAN,
+    GATE_AFTER_1,
+    GATE_AFTER_2,
+    GATE_AFTER_3,
+    GATED,
+    GROWS_PRECISION,
+    INACTIVE,
+    LAST_DEFERS,
+    NO_SLOT,
+    NO_STAGING,
+    NOT_CACHED,
+    NOT_NOW,
+    NOT_STAGED,
+    NOTHING_FIRST,
+    OK,
+    SENT,
+    SHARED_TWICE,
+    STAGES_PART,
+    TOKENS,
+    TOO_BIG,
+    TOO_MANY_GATES,
+    TOO_MANY_PENDING,
+    TWICE,
+    UNKNOWN,
+    Host,
+    fail,
+)
+from moesim.types import (
+    CPU,
+    D2H,
+    DEMAND,
+    EXPERT_CPU,
+    EXPERT_GPU,
+    FETCHED,
+    GPU,
+    NO_CAUSE,
+    NONE,
+    ON_CPU,
+    PREFETCH,
+    SEND,
+    SHARED,
+    SWAP,
+    WHOLE,
+)
+
+
+def carry_out(machine: Machine, host: Host, hook: int, step: int, layer: int) -> int:
+    """Carry out the commands of one hook, strictly in order; stop at the first illegal one."""
+    s = host.state
+    s[BAD_HOOK] = hook
+    s[BAD_STEP] = step
+    rows = host.plan.rows
+    n = host.plan.count[0]
+    if n > len(rows):
+        return fail(host, FULL_PLAN, layer, NONE)
+    shared = 0
+    for i in range(n):
+        if rows[i, 0] == RUN_SHARED:
+            shared += 1
+    if shared > (1 if hook == DISPATCH else 0):
+        return fail(host, SHARED_TWICE, layer, NONE)
+    if hook == DISPATCH and shared == 0:
+        run_shared(machine, host, layer)
+    for i in range(n):
+        if rows[i, 0] == RUN_SHARED:
+            run_shared(machine, host, layer)
+            continue
+        target = layer if rows[i, 1] == NONE else rows[i, 1] % host.layers
+        expert = rows[i, 2]
+        rule = UNKNOWN
+        if rows[i, 1] >= NONE and 0 <= expert < host.experts:
+            rule = carry_out_one(machine, host, hook, layer, target, i)
+        if rule != OK:
+            return fail(host, rule, target, expert)
+    if hook == DISPATCH:
+        for i in range(s[ACTIVE]):
+            if host.ran[host.active[i]] != WHOLE:
+                return fail(host, FORGOTTEN, layer, host.active[i])
+    return OK
+
+
+def carry_out_one(  # noqa: PLR0911  one answer per command
+    machine: Machine, host: Host, hook: int, layer: int, target: int, at: int
+) -> int:
+    """Carry out row `at` of the plan; return the rule that it breaks, or OK."""
+    rows = host.plan.rows
+    code = rows[at, 0]
+    expert = rows[at, 2]
+    if code == RUN_ON_GPU:
+        return run_on_gpu(machine, host, hook, layer, expert, rows[at, 3])
+    if code == RUN_ON_CPU:
+        return run_on_cpu(machine, host, hook, layer, expert, rows[at, 3])
+    if code == FETCH:
+        return fetch(
+            machine, host, hook, layer, target, expert, rows[at, 3], rows[at, 4], rows[at, 5],
+            rows[at, 6], rows[at, 7],
+        )  # fmt: skip
+    if code == EVICT:
+        return evict(machine, host, hook, layer, target, expert)
+    if code == ADMIT:
+        return admit(machine, host, target, expert, rows[at, 3])
+    if code == CANCEL:
+        return cancel(machine, host, target, expert)
+    if code == PROMOTE:
+        if host.res.staged[target, expert] > 0:
+            promote(machine, host.res.staged_ticket[target, expert])
+        if host.res.cached[target, expert] > 0:
+            promote(machine, host.res.cached_ticket[target, expert])
+        return OK
+    if code == GATE_AFTER:
+        return gate_after(host, hook, layer, expert)
+    read_from_disk(machine, host.forecast, host.res, target, expert)
+    return OK
+
+
+def run_shared(machine: Machine, host: Host, layer: int) -> None:
+    """Submit the shared experts, if the model has any."""
+    if host.has_shared:
+        launch(machine, host.forecast, GPU, SHARED, layer, NONE, host.state[TOKENS], 0, 0, 0, 0)
+
+
+def runnable(host: Host, hook: int, expert: int) -> int:
+    """Return the rule against running an expert now, or OK."""
+    if hook != DISPATCH:
+        return NOT_NOW
+    if host.loads[expert] == 0:
+        return INACTIVE
+    if host.ran[expert] == WHOLE:
+        return TWICE
+    return OK
+
+
+def count_outcome(host: Host, expert: int, outcome: int) -> None:
+    """Count an activation, once by expert and once for each of its tokens."""
+    phase = host.steps.phase[host.state[BAD_STEP]]
+    host.counts[phase, outcome, 0] += 1
+    host.counts[phase, outcome, 1] += host.loads[expert]
+
+
+def launch_piece(
+    machine: Machine, host: Host, layer: int, expert: int, slot: int, start: int, part: int,
+    precision: int, arrival: int,
+) -> None:  # fmt: skip
+    """Submit one piece of an expert on the GPU, which reads one slot; or one piece per batch."""
+    first, last = (0, host.batches) if host.gemm_per_batch else (NONE, 0)
+    for batch in range(first, last):
+        load = host.loads[expert] if batch == NONE else host.loads_by_batch[batch, expert]
+        if load > 0:
+            host.res.slot_ticket[slot] = launch_expert(
+                machine, host.forecast, GPU, EXPERT_GPU, layer, expert, batch, load, start, part,
+                precision, slot, NO_CAUSE, arrival, 0, 0,
+            )  # fmt: skip
+    host.ran[expert] += part
+
+
+def run_on_gpu(machine: Machine, host: Host, hook: int, layer: int, expert: int, piece: int) -> int:
+    """Run an expert, or a piece of it, on the GPU; copy in on demand what is missing."""
+    rule = runnable(host, hook, expert)
+    if rule != OK:
+        return rule
+    res = host.res
+    cached = res.cached[layer, expert]
+    if cached < WHOLE and res.staged[layer, expert] == WHOLE:
+        cached = 0
+    if host.ran[expert] == 0 and (piece == FIRST and cached == 0 or piece == REST and cached > 0):
+        return NOTHING_FIRST
+    if host.ran[expert] == 0 and cached > 0:
+        cause = res.cached_cause[layer, expert]
+        if cause == DEMAND:
+            host.outcome[expert] = FETCHED
+        elif cause == PREFETCH:
+            res.counters[USED] += 1
+        res.cached_cause[layer, expert] = NO_CAUSE
+        launch_piece(
+            machine, host, layer, expert, res.cached_slot[layer, expert], 0, cached,
+            res.cached_precision[layer, expert], res.cached_ticket[layer, expert],
+        )  # fmt: skip
+    if piece != FIRST and host.ran[expert] < WHOLE:
+        rule = run_rest(machine, host, layer, expert)
+    if host.ran[expert] == WHOLE:
+        count_outcome(host, expert, host.outcome[expert])
+    return rule
+
+
+def run_rest(machine: Machine, host: Host, layer: int, expert: int) -> int:
+    """Run what is left of an expert from its staging slot, where it is copied first if missing."""
+    res = host.res
+    start = host.ran[expert]
+    if res.staged[layer, expert] < WHOLE - start:
+        host.outcome[expert] = FETCHED
+        res.pending[layer, expert] = 0
+        if res.staged[layer, expert] > 0:
+            slot = forget_staged(machine, host.forecast, res, layer, expert)
+            free_slot(res, slot, staging_pool(res))
+        slot = staging_slot(machine, host.forecast, res, layer, host.loads, 1)
+        if slot == NONE:
+            return NO_STAGING
+        precision = res.cached_precision[layer, expert] if start > 0 else res.precision
+        stage(machine, host.forecast, res, layer, expert, slot, precision, 1, DEMAND, 0, start)
+    elif res.staged_cause[layer, expert] == DEMAND:
+        host.outcome[expert] = FETCHED
+    else:
+        res.counters[USED] += 1
+    slot = res.staged_slot[layer, expert]
+    launch_piece(
+        machine, host, layer, expert, slot, start, WHOLE - start,
+        res.staged_precision[layer, expert], res.staged_ticket[layer, expert],
+    )  # fmt: skip
+    res.slot_run[slot] = 1
+    start_pending(machine, host.forecast, res, layer, host.loads)
+    return OK
+
+
+def run_on_cpu(machine: Machine, host: Host, hook: int, layer: int, expert: int, defer: int) -> int:
+    """Run an expert on the CPU, after the layer's activations were sent there."""
+    rule = runnable(host, hook, expert)
+    if rule != OK:
+        return rule
+    if host.ran[expert] > 0:
+        return TWICE
+    if defer and layer == host.layers - 1:
+        return LAST_DEFERS
+    s = host.state
+    if s[SENT] == 0:
+        size_bytes = s[TOKENS] * host.costs.token_bytes
+        s[SENT] = launch(
+            machine, host.forecast, D2H, SEND, layer, NONE, size_bytes, 0, s[ATTENTION_1], 0, 0
+        )
+    deferred = 1 if defer else 0
+    ticket = launch_expert(
+        machine, host.forecast, CPU, EXPERT_CPU, layer, expert, NONE, host.loads[expert], deferred,
+        WHOLE, host.res.precision, NONE, NO_CAUSE, s[SENT],
+        read_from_disk(machine, host.forecast, host.res, layer, expert), 0,
+    )  # fmt: skip
+    s[COMPUTED_DEFERRED if deferred else COMPUTED] = ticket
+    host.computed[expert] = ticket
+    host.ran[expert] = WHOLE
+    count_outcome(host, expert, ON_CPU)
+    if host.host_computes:
+        await_ticket(machine, host.forecast, ticket)
+    return OK
+
+
+def needed_now(host: Host, hook: int, layer: int, target: int, expert: int) -> bool:
+    """Say whether an expert is active in this layer step and its run is not ordered yet."""
+    return (
+        target == layer
+        and hook in (ROUTED, DISPATCH)
+        and host.loads[expert] > 0
+        and host.ran[expert] == 0
+    )
+
+
+def fetch(
+    machine: Machine, host: Host, hook: int, layer: int, target: int, expert: int, part: int,
+    precision: int, into: int, urgent: int, after_compute: int,
+) -> int:  # fmt: skip
+    """Copy to the GPU what is missing of an expert."""
+    if not 1 <= part <= WHOLE:
+        return BAD_PART
+    if precision == NONE:
+        precision = host.res.precision
+    if not 0 <= precision < host.costs.expert_bytes.shape[1]:
+        return BAD_PRECISION
+    cause = PREFETCH
+    if needed_now(host, hook, layer, target, expert):
+        cause = DEMAND
+    elif target == layer and hook in (DISPATCH, AFTER_LAYER):
+        cause = SWAP
+    after = host.computed[expert] if after_compute and target == layer else 0
+    if into == CACHE:
+        return fetch_into_cache(
+            machine, host, target, expert, part, precision, urgent, cause, after
+        )
+    if part != WHOLE:
+        return STAGES_PART
+    return fetch_into_staging(machine, host, layer, target, expert, precision, urgent, cause, after)
+
+
+def fetch_into_cache(
+    machine: Machine, host: Host, target: int, expert: int, part: int, precision: int, urgent: int,
+    cause: int, after: int,
+) -> int:  # fmt: skip
+    """Fill a free slot of the layer's cache, or let a cached part grow where it is."""
+    res = host.res
+    cached = res.cached[target, expert]
+    if cached >= part:
+        return OK
+    pool = res.pool_of_layer[target]
+    if cached > 0 and res.cached_precision[target, expert] != precision:
+        return GROWS_PRECISION
+    if cached == 0 and res.free_count[pool] == 0:
+        return NO_SLOT
+    slot = res.cached_slot[target, expert] if cached > 0 else res.free_first[pool]
+    if part_bytes(host.costs, target, precision, 0, part) > res.slot_bytes[slot]:
+        return TOO_BIG
+    if cached == 0:
+        take_slot(res, pool)
+        occupy(res, slot, target, expert)
+    res.pending[target, expert] = 0
+    res.cached[target, expert] = part
+    res.cached_slot[target, expert] = slot
+    res.cached_precision[target, expert] = precision
+    res.cached_cause[target, expert] = cause
+    res.cached_ticket[target, expert] = copy_in(
+        machine, host.forecast, res, target, expert, slot, cached, part - cached, precision, urgent,
+        cause, after,
+    )  # fmt: skip
+    return OK
+
+
+def fetch_into_staging(
+    machine: Machine, host: Host, layer: int, target: int, expert: int, precision: int, urgent: int,
+    cause: int, after: int,
+) -> int:  # fmt: skip
+    """Copy the rest of an expert into a staging slot, or let it wait for one."""
+    res = host.res
+    if res.cached[target, expert] == WHOLE or res.staged[target, expert] > 0:
+        return OK
+    if len(res.staging) == 0:
+        return NO_STAGING
+    if part_bytes(host.costs, target, precision, 0, WHOLE) > res.slot_bytes[res.staging[0]]:
+        return TOO_BIG
+    slot = NONE
+    if urgent or res.counters[PENDING_FIRST] == res.counters[PENDING_LAST]:
+        slot = staging_slot(machine, host.forecast, res, layer, host.loads, urgent)
+    if slot != NONE:
+        res.pending[target, expert] = 0
+        stage(machine, host.forecast, res, target, expert, slot, precision, urgent, cause, after, 0)
+        return OK
+    if res.pending[target, expert] == 0:
+        if res.counters[PENDING_LAST] - res.counters[PENDING_FIRST] == len(res.queue):
+            return TOO_MANY_PENDING
+        queue_pending(res, target, expert, precision)
+        start_pending(machine, host.forecast, res, layer, host.loads)
+    return OK
+
+
+def admit(machine: Machine, host: Host, target: int, expert: int, part: int) -> int:
+    """Make a staged expert cached, by exchanging slots or by a MOVE within GPU memory."""
+    res = host.res
+    if not 1 <= part <= WHOLE:
+        return BAD_PART
+    if res.staged[target, expert] != WHOLE or res.cached[target, expert] > 0:
+        return NOT_STAGED
+    pool = res.pool_of_layer[target]
+    if res.free_count[pool] == 0:
+        return NO_SLOT
+    slot = res.free_first[pool]
+    precision = res.staged_precision[target, expert]
+    if part_bytes(host.costs, target, precision, 0, part) > res.slot_bytes[slot]:
+        return TOO_BIG
+    take_slot(res, pool)
+    source = res.staged_slot[target, expert]
+    res.cached_cause[target, expert] = NO_CAUSE
+    if part == WHOLE and res.slot_bytes[slot] == res.slot_bytes[source]:
+        if res.slot_run[source] == 0:
+            res.cached_cause[target, expert] = res.staged_cause[target, expert]
+        exchange(res, target, expert, slot)
+        start_pending(machine, host.forecast, res, target, host.loads)
+    else:
+        move_in(machine, host.forecast, res, target, expert, slot, part)
+    return OK
+
+
+def evict(machine: Machine, host: Host, hook: int, layer: int, target: int, expert: int) -> int:
+    """Give up a cached expert."""
+    if host.res.cached[target, expert] == 0:
+        return NOT_CACHED
+    if needed_now(host, hook, layer, target, expert):
+        return EVICTS_ACTIVE
+    forget_cached(machine, host.forecast, host.res, target, expert)
+    return OK
+
+
+def cancel(machine: Machine, host: Host, target: int, expert: int) -> int:
+    """Take back a fetch into staging that is pending or has not started."""
+    res = host.res
+    if res.pending[target, expert] > 0:
+        res.pending[target, expert] = 0
+    elif res.staged[target, expert] > 0:
+        slot = res.staged_slot[target, expert]
+        if res.slot_run[slot] == 0 and take_back(
+            machine, res, slot, res.staged_ticket[target, expert]
+        ):
+            res.staged[target, expert] = 0
+            res.staged_slot[target, expert] = NONE
+            free_slot(res, slot, staging_pool(res))
+            start_pending(machine, host.forecast, res, target, host.loads)
+    return OK
+
+
+def gate_after(host: Host, hook: int, layer: int, expert: int) -> int:
+    """Let this layer's gates wait for an expert on its way."""
+    if hook not in (BEFORE_ATTENTION, BEFORE_GATE):
+        return GATED
+    res = host.res
+    if res.staged[layer, expert] == 0 and res.cached[layer, expert] == 0:
+        return TOO_MANY_GATES
+    ticket = res.cached_ticket[layer, expert]
+    if res.staged[layer, expert] > 0:
+        ticket = res.staged_ticket[layer, expert]
+    for place in (GATE_AFTER_1, GATE_AFTER_2, GATE_AFTER_3):
+        if host.state[place] in (0, ticket):
+            host.state[place] = ticket
+            return OK
+    return TOO_MANY_GATES

@@ -1,0 +1,517 @@
+"""What is where on the GPU: slots, what is cached, staged, arriving or waiting for a slot.
+
+Only the functions of this module change these tables. They are written once for every machine, in
+the subset that compiles: arrays, integers, free functions.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moesim.costs import part_bytes
+from moesim.errors import PolicyError
+from moesim.forecast import Forecast, launch_expert, left_ns
+from moesim.log import Contents
+from moesim.machine import Machine, cancel, done
+from moesim.policies.api import Placement, Setting
+from moesim.types import (
+    COPY_IN,
+    DISK,
+    DISK_READ,
+    H2D,
+    H2D_BACKGROUND,
+    MOVE,
+    GPU,
+    NO_CAUSE,
+    NONE,
+    PREFETCH,
+    WHOLE,
+    IntArray,
+)
+
+WASTED_BYTES, WASTED, DROPPED, PREFETCHED, USED, ORDER, PENDING_FIRST, PENDING_LAST = range(8)
+
+
+class Residency(NamedTuple):
+    """Tables over (layers, experts), over slots, and over pools; the last pool is staging."""
+
+    cached: IntArray
+    staged: IntArray
+    pending: IntArray
+    """0, or the place in the pending queue plus 1."""
+    cached_slot: IntArray
+    staged_slot: IntArray
+    cached_ticket: IntArray
+    staged_ticket: IntArray
+    """Arrival of the (latest) copy; 0: there since before the run."""
+    cached_precision: IntArray
+    staged_precision: IntArray
+    cached_cause: IntArray
+    staged_cause: IntArray
+    """Why the copy was made; forgotten at the first use, so that later uses count as resident."""
+    arriving_ns: IntArray
+    """How long what is on its way is expected to take; policies see it."""
+    on_the_way: IntArray
+    """(layers * experts + 1, 2): the non-zero entries of `arriving_ns`; row 0 is their number."""
+    on_disk: IntArray
+    read_ticket: IntArray
+    """DISK_READ of this step; 0: not read yet."""
+    slot_layer: IntArray
+    slot_expert: IntArray
+    slot_ticket: IntArray
+    """The last operation that touches a slot; whatever fills it next waits for that."""
+    slot_before: IntArray
+    """What `slot_ticket` was before the copy under way: what it is again if that is cancelled."""
+    slot_run: IntArray
+    """1: the run of what is staged here has been submitted, the slot can be had."""
+    slot_order: IntArray
+    """Age of what is staged here: higher is younger."""
+    slot_bytes: IntArray
+    slot_next: IntArray
+    """Links of the free lists."""
+    free_first: IntArray
+    free_last: IntArray
+    free_count: IntArray
+    """(pools + 1,): first in, first out, so that the slot given up longest ago is filled first."""
+    pool_of_layer: IntArray
+    staging: IntArray
+    """(staging slots,): their slot numbers; admission exchanges them."""
+    queue: IntArray
+    """(layers * experts, 3): pending fetches (layer, expert, precision), as a ring."""
+    counters: IntArray
+    has_disk: int
+    fifo: int
+    precision: int
+    """Of the weights as stored on the host."""
+
+
+def staging_pool(res: Residency) -> int:
+    """Return the number of the staging pool."""
+    return len(res.free_first) - 1
+
+
+def free_slot(res: Residency, slot: int, pool: int) -> None:
+    """Put a slot at the end of its pool's free list."""
+    res.slot_layer[slot] = NONE
+    res.slot_expert[slot] = NONE
+    res.slot_next[slot] = NONE
+    if res.free_count[pool] == 0:
+        res.free_first[pool] = slot
+    else:
+        res.slot_next[res.free_last[pool]] = slot
+    res.free_last[pool] = slot
+    res.free_count[pool] += 1
+
+
+def take_slot(res: Residency, pool: int) -> int:
+    """Take the first free slot of a pool, or return NONE."""
+    if res.free_count[pool] == 0:
+        return NONE
+    slot = res.free_first[pool]
+    res.free_first[pool] = res.slot_next[slot]
+    res.free_count[pool] -= 1
+    return slot
+
+
+def occupy(res: Residency, slot: int, layer: int, expert: int) -> None:
+    """Note whose weights a slot holds, or will hold."""
+    res.slot_layer[slot] = layer
+    res.slot_expert[slot] = expert
+    res.slot_run[slot] = 0
+    res.slot_order[slot] = res.counters[ORDER]
+    res.counters[ORDER] += 1
+
+
+def read_from_disk(
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, expert: int
+) -> int:
+    """Return the ticket of this step's read of an expert; 0 for one whose home is host memory."""
+    if res.on_disk[layer, expert] == 0:
+        return 0
+    if res.read_ticket[layer, expert] == 0:
+        size_bytes = part_bytes(forecast.costs, layer, res.precision, 0, WHOLE)
+        res.read_ticket[layer, expert] = launch_expert(
+            machine, forecast, DISK, DISK_READ, layer, expert, NONE, size_bytes, 0, WHOLE,
+            res.precision, NONE, NO_CAUSE, 0, 0, 0,
+        )  # fmt: skip
+    return res.read_ticket[layer, expert]
+
+
+def copy_in(
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, expert: int, slot: int,
+    start: int, part: int, precision: int, urgent: int, cause: int, after: int,
+) -> int:  # fmt: skip
+    """Submit the copy of a part into a slot, after whatever touches that slot last."""
+    read = read_from_disk(machine, forecast, res, layer, expert)
+    before = res.slot_ticket[slot]
+    ticket = launch_expert(
+        machine, forecast, H2D if urgent or res.fifo else H2D_BACKGROUND, COPY_IN, layer, expert, NONE,
+        part_bytes(forecast.costs, layer, precision, start, part), start, part, precision, slot,
+        cause, before, read, after,
+    )  # fmt: skip
+    res.slot_before[slot] = before
+    res.slot_ticket[slot] = ticket
+    note_arrival(res, layer, expert)
+    if cause == PREFETCH:
+        res.counters[PREFETCHED] += 1
+    return ticket
+
+
+def note_arrival(res: Residency, layer: int, expert: int) -> None:
+    """Remember that weights are on their way, so that views say for how long."""
+    if res.arriving_ns[layer, expert] == 0:
+        n = res.on_the_way[0, 0] + 1
+        res.on_the_way[0, 0] = n
+        res.on_the_way[n, 0] = layer
+        res.on_the_way[n, 1] = expert
+    res.arriving_ns[layer, expert] = 1
+
+
+def update_arrivals(forecast: Forecast, res: Residency) -> None:
+    """Bring `arriving_ns` up to date."""
+    i = 1
+    while i <= res.on_the_way[0, 0]:
+        layer = res.on_the_way[i, 0]
+        expert = res.on_the_way[i, 1]
+        ns = 0
+        if res.cached[layer, expert] > 0:
+            ns = left_ns(forecast, res.cached_ticket[layer, expert])
+        if res.staged[layer, expert] > 0:
+            ns = max(ns, left_ns(forecast, res.staged_ticket[layer, expert]))
+        res.arriving_ns[layer, expert] = ns
+        if ns == 0:
+            last = res.on_the_way[0, 0]
+            res.on_the_way[i, 0] = res.on_the_way[last, 0]
+            res.on_the_way[i, 1] = res.on_the_way[last, 1]
+            res.on_the_way[0, 0] = last - 1
+        else:
+            i += 1
+
+
+def take_back(machine: Machine, res: Residency, slot: int, ticket: int) -> bool:
+    """Cancel the copy into a slot if it has not started; the slot then waits as it did before."""
+    if done(machine, ticket) or not cancel(machine, ticket):
+        return False
+    res.slot_ticket[slot] = res.slot_before[slot]
+    return True
+
+
+def waste(forecast: Forecast, res: Residency, layer: int, precision: int, part: int) -> None:
+    """Count bytes that were copied for nothing."""
+    res.counters[WASTED] += 1
+    res.counters[WASTED_BYTES] += part_bytes(forecast.costs, layer, precision, WHOLE - part, part)
+
+
+def forget_staged(
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, expert: int
+) -> int:
+    """Let go of what is staged of an expert and return its slot, which is in no free list."""
+    slot = res.staged_slot[layer, expert]
+    if res.slot_run[slot] == 0 and not take_back(
+        machine, res, slot, res.staged_ticket[layer, expert]
+    ):
+        waste(forecast, res, layer, res.staged_precision[layer, expert], res.staged[layer, expert])
+    res.staged[layer, expert] = 0
+    res.staged_slot[layer, expert] = NONE
+    res.staged_ticket[layer, expert] = 0
+    return slot
+
+
+def forget_cached(
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, expert: int
+) -> None:
+    """Give up a cached expert, and what is staged beside a cached part of it: useless alone."""
+    slot = res.cached_slot[layer, expert]
+    if not take_back(machine, res, slot, res.cached_ticket[layer, expert]) and (
+        res.cached_cause[layer, expert] != NO_CAUSE
+    ):
+        waste(forecast, res, layer, res.cached_precision[layer, expert], res.cached[layer, expert])
+    if 0 < res.staged[layer, expert] < WHOLE:
+        free_slot(res, forget_staged(machine, forecast, res, layer, expert), staging_pool(res))
+    res.cached[layer, expert] = 0
+    res.cached_slot[layer, expert] = NONE
+    res.cached_ticket[layer, expert] = 0
+    res.cached_cause[layer, expert] = NO_CAUSE
+    free_slot(res, slot, res.pool_of_layer[layer])
+
+
+def oldest_run(res: Residency) -> int:
+    """Return the staging slot whose run was submitted and that was filled first, or NONE."""
+    best = NONE
+    for i in range(len(res.staging)):
+        slot = res.staging[i]
+        if (
+            res.slot_layer[slot] != NONE
+            and res.slot_run[slot] == 1
+            and (best == NONE or res.slot_order[slot] < res.slot_order[best])
+        ):
+            best = slot
+    return best
+
+
+def youngest_unrun(res: Residency, layer: int, elsewhere: int) -> int:
+    """Return the youngest staging slot that holds what has not run, of this or of other layers."""
+    best = NONE
+    for i in range(len(res.staging)):
+        slot = res.staging[i]
+        if (
+            res.slot_layer[slot] != NONE
+            and res.slot_run[slot] == 0
+            and (res.slot_layer[slot] != layer) == (elsewhere == 1)
+            and (best == NONE or res.slot_order[slot] > res.slot_order[best])
+        ):
+            best = slot
+    return best
+
+
+def wrong_guess(res: Residency, layer: int, loads: IntArray) -> int:
+    """Return a staging slot that holds an inactive expert of the layer being run, or NONE."""
+    for i in range(len(res.staging)):
+        slot = res.staging[i]
+        if res.slot_layer[slot] == layer and loads[res.slot_expert[slot]] == 0:
+            return slot
+    return NONE
+
+
+def staging_slot(
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, loads: IntArray, urgent: int
+) -> int:
+    """Return a staging slot for a copy, or NONE.
+
+    A free one, else that of the oldest expert whose run is submitted (the copy waits for it). A
+    demand goes on: a wrong guess for this layer, the youngest fetch for another layer, at last the
+    youngest of this layer that has not run yet, which must be copied again.
+    """
+    slot = take_slot(res, staging_pool(res))
+    if slot != NONE:
+        return slot
+    slot = oldest_run(res)
+    if slot == NONE and urgent == 1:
+        slot = wrong_guess(res, layer, loads)
+        if slot == NONE:
+            slot = youngest_unrun(res, layer, 1)
+        if slot == NONE:
+            slot = youngest_unrun(res, layer, 0)
+    if slot != NONE:
+        forget_staged(machine, forecast, res, res.slot_layer[slot], res.slot_expert[slot])
+    return slot
+
+
+def stage(
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, expert: int, slot: int,
+    precision: int, urgent: int, cause: int, after: int, done_part: int,
+) -> None:  # fmt: skip
+    """Copy into a staging slot all of an expert that is neither cached nor computed already."""
+    start = done_part
+    if res.cached_precision[layer, expert] == precision:
+        start = max(start, res.cached[layer, expert])
+    occupy(res, slot, layer, expert)
+    res.staged_ticket[layer, expert] = copy_in(
+        machine,
+        forecast,
+        res,
+        layer,
+        expert,
+        slot,
+        start,
+        WHOLE - start,
+        precision,
+        urgent,
+        cause,
+        after,
+    )
+    res.staged[layer, expert] = WHOLE - start
+    res.staged_slot[layer, expert] = slot
+    res.staged_precision[layer, expert] = precision
+    res.staged_cause[layer, expert] = cause
+
+
+def queue_pending(res: Residency, layer: int, expert: int, precision: int) -> None:
+    """Let a background fetch wait for a staging slot: first come, first served."""
+    at = res.counters[PENDING_LAST] % len(res.queue)
+    res.queue[at, 0] = layer
+    res.queue[at, 1] = expert
+    res.queue[at, 2] = precision
+    res.counters[PENDING_LAST] += 1
+    res.pending[layer, expert] = at + 1
+
+
+def start_pending(
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, loads: IntArray
+) -> None:
+    """Submit pending fetches while there are slots."""
+    while res.counters[PENDING_FIRST] < res.counters[PENDING_LAST]:
+        at = res.counters[PENDING_FIRST] % len(res.queue)
+        target = res.queue[at, 0]
+        expert = res.queue[at, 1]
+        if res.pending[target, expert] == at + 1:
+            slot = staging_slot(machine, forecast, res, layer, loads, 0)
+            if slot == NONE:
+                return
+            res.pending[target, expert] = 0
+            stage(machine, forecast, res, target, expert, slot, res.queue[at, 2], 0, PREFETCH, 0, 0)
+        res.counters[PENDING_FIRST] += 1
+
+
+def drop_pending(res: Residency, layer: int, loads: IntArray) -> None:
+    """Forget pending fetches of experts that turned out inactive."""
+    for i in range(res.counters[PENDING_FIRST], res.counters[PENDING_LAST]):
+        at = i % len(res.queue)
+        expert = res.queue[at, 1]
+        if (
+            res.queue[at, 0] == layer
+            and loads[expert] == 0
+            and res.pending[layer, expert] == at + 1
+        ):
+            res.pending[layer, expert] = 0
+            res.counters[DROPPED] += 1
+
+
+def move_in(
+    machine: Machine,
+    forecast: Forecast,
+    res: Residency,
+    layer: int,
+    expert: int,
+    slot: int,
+    part: int,
+) -> None:
+    """Copy the first part of a staged expert into a cache slot, within GPU memory."""
+    source = res.staged_slot[layer, expert]
+    precision = res.staged_precision[layer, expert]
+    ticket = launch_expert(
+        machine, forecast, GPU, MOVE, layer, expert, NONE,
+        part_bytes(forecast.costs, layer, precision, 0, part), 0, part, precision, slot,
+        NO_CAUSE, res.slot_ticket[slot], res.staged_ticket[layer, expert], 0,
+    )  # fmt: skip
+    res.slot_before[slot] = res.slot_ticket[slot]
+    res.slot_ticket[slot] = ticket
+    res.slot_ticket[source] = ticket
+    occupy(res, slot, layer, expert)
+    res.cached[layer, expert] = part
+    res.cached_slot[layer, expert] = slot
+    res.cached_ticket[layer, expert] = ticket
+    res.cached_precision[layer, expert] = precision
+
+
+def exchange(res: Residency, layer: int, expert: int, slot: int) -> None:
+    """Make a staging slot a cache slot, and the free cache slot a staging one."""
+    source = res.staged_slot[layer, expert]
+    for i in range(len(res.staging)):
+        if res.staging[i] == source:
+            res.staging[i] = slot
+    res.cached[layer, expert] = WHOLE
+    res.cached_slot[layer, expert] = source
+    res.cached_ticket[layer, expert] = res.staged_ticket[layer, expert]
+    res.cached_precision[layer, expert] = res.staged_precision[layer, expert]
+    res.staged[layer, expert] = 0
+    res.staged_slot[layer, expert] = NONE
+    res.staged_ticket[layer, expert] = 0
+    free_slot(res, slot, staging_pool(res))
+
+
+def release_layer(
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, before: int
+) -> None:
+    """Let leave what was staged for a layer before a given age, used or not, and its disk reads.
+
+    What is staged later, in the layer's own last hook, is meant for the next step.
+    """
+    for i in range(len(res.staging)):
+        slot = res.staging[i]
+        if res.slot_layer[slot] == layer and res.slot_order[slot] < before:
+            forget_staged(machine, forecast, res, layer, res.slot_expert[slot])
+            free_slot(res, slot, staging_pool(res))
+    if res.has_disk:
+        for expert in range(res.read_ticket.shape[1]):
+            res.read_ticket[layer, expert] = 0
+
+
+def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residency:
+    """Return the tables as the placement has them before the first step.
+
+    Raises PolicyError for a placement that cannot work: more than the budget, more resident than
+    there are slots, or arrays of the wrong shape.
+    """
+    layers, experts = setting.layers, setting.experts
+    shape = (layers, experts)
+    precision = (
+        setting.precision if placement.cached_precision == NONE else placement.cached_precision
+    )
+    pools = len(placement.cache_slots)
+    if placement.cached.shape != shape or placement.pool_of_layer.shape != (layers,):
+        raise PolicyError(f"placement: cached must be {shape} and pool_of_layer ({layers},)")
+    if placement.cached.min() < 0 or placement.cached.max() > WHOLE:
+        raise PolicyError(f"placement: cached parts must be 0..{WHOLE}")
+    if placement.cache_slots.min() < 0 or placement.staging_slots < 0:
+        raise PolicyError("placement: a pool cannot have a negative number of slots")
+    if placement.pool_of_layer.min() < 0 or placement.pool_of_layer.max() >= pools:
+        raise PolicyError(f"placement: pool_of_layer must be 0..{pools - 1}")
+    counts = np.append(placement.cache_slots, placement.staging_slots).astype(np.int64)
+    sizes = np.append(
+        placement.cache_slot_bytes, placement.staging_slot_bytes or setting.expert_bytes
+    ).astype(np.int64)
+    total_bytes = int((counts * sizes).sum())
+    if total_bytes > setting.budget_bytes:
+        raise PolicyError(
+            f"placement: {int(counts.sum())} slots of {total_bytes} bytes together exceed the budget "
+            f"of {setting.budget_bytes} bytes"
+        )
+    slots = int(counts.sum())
+    on_disk = np.zeros(shape, np.int64) if placement.on_disk is None else placement.on_disk
+    res = Residency(
+        **{name: np.zeros(shape, np.int64) for name in _TABLES},
+        cached_slot=np.full(shape, NONE),
+        staged_slot=np.full(shape, NONE),
+        on_disk=np.ascontiguousarray(on_disk, np.int64),
+        on_the_way=np.zeros((layers * experts + 1, 2), np.int64),
+        slot_layer=np.full(slots, NONE),
+        slot_expert=np.full(slots, NONE),
+        slot_ticket=np.zeros(slots, np.int64),
+        slot_before=np.zeros(slots, np.int64),
+        slot_run=np.zeros(slots, np.int64),
+        slot_order=np.zeros(slots, np.int64),
+        slot_bytes=np.repeat(sizes, counts),
+        slot_next=np.full(slots, NONE),
+        free_first=np.full(pools + 1, NONE),
+        free_last=np.full(pools + 1, NONE),
+        free_count=np.zeros(pools + 1, np.int64),
+        pool_of_layer=placement.pool_of_layer.astype(np.int64),
+        staging=np.arange(slots - placement.staging_slots, slots),
+        queue=np.zeros((2 * layers * experts, 3), np.int64),
+        counters=np.zeros(8, np.int64),
+        has_disk=int(on_disk.any()),
+        fifo=int(fifo),
+        precision=setting.precision,
+    )
+    for slot, pool in enumerate(np.repeat(np.arange(pools + 1), counts)):
+        free_slot(res, slot, int(pool))
+    for layer, expert in np.argwhere(placement.cached > 0).tolist():
+        slot = take_slot(res, res.pool_of_layer[layer])
+        part = int(placement.cached[layer, expert])
+        if slot == NONE:
+            raise PolicyError(f"placement: layer {layer} has more resident experts than slots")
+        if part_bytes(setting.costs, layer, precision, 0, part) > res.slot_bytes[slot]:
+            raise PolicyError(f"placement: expert {expert} of layer {layer} does not fit its slot")
+        occupy(res, int(slot), layer, expert)
+        res.cached[layer, expert] = part
+        res.cached_slot[layer, expert] = slot
+        res.cached_precision[layer, expert] = precision
+    return res
+
+
+_TABLES = (
+    "cached", "staged", "pending", "cached_ticket", "staged_ticket", "cached_precision",
+    "staged_precision", "cached_cause", "staged_cause", "arriving_ns", "read_ticket",
+)  # fmt: skip
+
+
+def contents(res: Residency) -> tuple[Contents, ...]:
+    """Return what is cached, as a log has it at its start."""
+    return tuple(
+        Contents(
+            layer, expert, int(res.cached_slot[layer, expert]), int(res.cached[layer, expert]),
+            int(res.cached_precision[layer, expert]),
+        )
+        for layer, expert in np.argwhere(np.asarray(res.cached) > 0).tolist()
+    )  # fmt: skip

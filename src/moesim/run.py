@@ -1,0 +1,238 @@
+"""Prepare a run: a trace, a model, a machine's costs and a policy become a host program's state."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moesim.costs import build_costs
+from moesim.errors import InputError, MoesimError, PolicyError
+from moesim.forecast import new_forecast
+from moesim.model import ModelSpec, expert_bytes
+from moesim.policies.api import Placement, Plan, Setting, View
+from moesim.policies.registry import Chosen
+from moesim.profile import HardwareProfile, decision_ns
+from moesim.residency import Residency, new_residency
+from moesim.state import STATES, Host
+from moesim.traces.format import MISSING, Trace
+from moesim.traces.predictors import SEES_FUTURE, guess, resolve
+from moesim.traces.stats import popularity
+from moesim.traces.workload import Steps, Workload, steps_of
+from moesim.types import BITS, NONE, OUTCOMES, PHASES, QUEUES
+
+MAX_BUDGET_BYTES = 1 << 50
+
+
+class Feed(NamedTuple):
+    """What the router chose and what predictors guess, for the rows of a workload."""
+
+    steps: Steps
+    chosen: Any
+    """(rows, layers, top_k) int16: ids in rank order, -1 for missing."""
+    weights: Any
+    """(rows, layers, top_k) float16, or None for equal weights."""
+    guesses: tuple[tuple[Any, Any], ...]
+    """Per prediction (rows, layers, width) ids int16, -1 for none, and scores or None."""
+
+
+class Prepared(NamedTuple):
+    """Everything but the machine: it may be run on any, once."""
+
+    model: ModelSpec
+    profile: HardwareProfile
+    chosen: Chosen
+    workload: Workload
+    setting: Setting
+    policy: Any
+    placement: Placement
+    feed: Feed
+    host: Host
+    predictors: tuple[str, ...]
+    """Names of the predictors used, one per prediction."""
+    notices: tuple[str, ...]
+    trace_digest: str
+
+
+def check_budget(budget_bytes: int, model: ModelSpec, bits: int) -> None:
+    """Raise InputError for a budget that no policy can use."""
+    one = expert_bytes(model, bits)
+    if not 0 <= budget_bytes <= MAX_BUDGET_BYTES:
+        raise InputError(f"a budget of {budget_bytes} bytes is not in 0..{MAX_BUDGET_BYTES}")
+    if 0 < budget_bytes < one:
+        raise InputError(
+            f"a budget of {budget_bytes} bytes holds no expert: one of {model.name} takes {one} bytes "
+            f"at {bits} bits (0 is legal where everything runs on the CPU)"
+        )
+
+
+def check_fit(trace: Trace, model: ModelSpec) -> None:
+    """Raise InputError if the trace is of another model than the one described."""
+    has = (trace.layers, trace.top_k)
+    if has != (model.layers, model.top_k) or trace.n_experts > model.experts:
+        raise InputError(
+            f"the trace has {trace.layers} MoE layers of {trace.n_experts} experts, top-{trace.top_k}; "
+            f"{model.name} has {model.layers} of {model.experts}, top-{model.top_k}"
+        )
+
+
+def prepare(
+    trace: Trace, workload: Workload, model: ModelSpec, profile: HardwareProfile, chosen: Chosen, *,
+    budget_bytes: int, bits: int = 16, seed: int = 0,
+) -> Prepared:  # fmt: skip
+    """Return a run that is ready to start.
+
+    `budget_bytes` is GPU memory for expert weights, staging included; `bits` the precision in which
+    experts are stored on the host. Raises InputError or PolicyError for what does not fit together.
+    """
+    check_budget(budget_bytes, model, bits)
+    check_fit(trace, model)
+    step_tokens = max(int(workload.prompts.sum()), workload.sequences)
+    costs = build_costs(model, profile, step_tokens, workload.sequences)
+    counts = np.zeros((model.layers, model.experts), np.int64)
+    seen = popularity(trace, workload.unused_rows(trace))
+    counts[:, : seen.shape[1]] = seen
+    setting = Setting(
+        layers=model.layers,
+        experts=model.experts,
+        top_k=model.top_k,
+        budget_bytes=budget_bytes,
+        precision=BITS.index(bits),
+        costs=costs,
+        sequences=workload.sequences,
+        step_tokens=step_tokens,
+        popularity=counts,
+        seed=seed,
+    )
+    try:
+        policy = chosen.make(setting)
+        placement = policy.place(setting)
+        fifo = placement.link == "fifo"
+        res = new_residency(placement, setting, fifo)
+    except PolicyError as error:
+        raise PolicyError(f"policy '{chosen.name}': {error}") from None
+    except MoesimError:
+        raise
+    except Exception as error:
+        raise PolicyError(f"policy '{chosen.name}': {type(error).__name__}: {error}") from error
+    steps = steps_of(workload, placement.batches)
+    predictors = tuple(resolve(trace, p.predictor, p.distance) for p in placement.predictions)
+    feed = Feed(
+        steps=steps,
+        chosen=signed(trace.experts[steps.rows]),
+        weights=None if trace.weights is None else trace.weights[steps.rows],
+        guesses=tuple(
+            guess_signed(trace, steps, name, p, model.top_k, seed)
+            for name, p in zip(predictors, placement.predictions, strict=True)
+        ),
+    )
+    notices = [*workload.notices, *placement.notices]
+    notices += [f"predictor {name} sees the future" for name in predictors if name in SEES_FUTURE]
+    if trace.weights is None:
+        notices.append("the trace has no router weights; they count as equal")
+    if budget_bytes > profile.gpu.memory_bytes:
+        notices.append(
+            f"the budget of {budget_bytes / 2**30:.2f} GiB is more than the "
+            f"{profile.gpu.memory_bytes / 2**30:.2f} GiB of {profile.gpu.name}"
+        )
+    return Prepared(
+        model=model,
+        profile=profile,
+        chosen=chosen,
+        workload=workload,
+        setting=setting,
+        policy=policy,
+        placement=placement,
+        feed=feed,
+        host=new_host(setting, placement, profile, chosen, steps, res),
+        predictors=predictors,
+        notices=tuple(dict.fromkeys(notices)),
+        trace_digest=trace.digest(),
+    )
+
+
+def signed(ids: Any) -> Any:
+    """Return uint16 ids as int16, with -1 for missing ones."""
+    return np.where(ids == MISSING, NONE, ids).astype(np.int16)
+
+
+def guess_signed(
+    trace: Trace, steps: Steps, name: str, p: Any, top_k: int, seed: int
+) -> tuple[Any, Any]:
+    """Return one prediction's guesses for all rows, as a Feed has them."""
+    width = max(p.width, top_k)
+    ids, scores = guess(trace, steps, name, p.distance, width, recall=p.recall, seed=seed)
+    return signed(ids), scores
+
+
+def new_host(
+    setting: Setting, placement: Placement, profile: HardwareProfile, chosen: Chosen, steps: Steps,
+    res: Residency,
+) -> Host:  # fmt: skip
+    """Return a host program before its first step."""
+    layers, experts, batches = setting.layers, setting.experts, placement.batches
+    predictions = placement.predictions
+    width = max([p.width for p in predictions] + [setting.top_k])
+    tokens = setting.step_tokens
+    costs = setting.costs
+
+    def zeros(*shape: int) -> Any:
+        return np.zeros(shape, np.int64)
+
+    view = View(
+        layer=0, step=0, phase=0, last_step=0, precision=setting.precision, batches=batches, batch=NONE,
+        tokens=0, n_active=0, free_slots=0, window_ns=0,
+        ids=np.full((tokens, setting.top_k), NONE, np.int64),
+        weights=np.full((tokens, setting.top_k), 1 / setting.top_k),
+        active=zeros(experts), loads=zeros(experts), loads_by_batch=zeros(batches, experts),
+        scores=np.zeros(experts),
+        cached=res.cached, staged=res.staged, pending=res.pending, arriving_ns=res.arriving_ns,
+        gpu_ns=zeros(experts), cpu_ns=zeros(experts), queued_ns=zeros(len(QUEUES)),
+        predicted_tokens=zeros(len(predictions)),
+        predicted_ids=np.full((len(predictions), tokens, width), NONE, np.int64),
+        predicted_scores=np.zeros((len(predictions), tokens, width)),
+        predicted_loads=zeros(len(predictions), experts),
+        costs=costs,
+    )  # fmt: skip
+    return Host(
+        costs=costs,
+        forecast=new_forecast(costs, profile.host.per_launch_ns, profile.host.per_sync_ns),
+        res=res,
+        plan=Plan(zeros(8 * experts + 256, 8), zeros(1)),
+        steps=steps,
+        state=zeros(STATES),
+        layers=layers,
+        experts=experts,
+        top_k=setting.top_k,
+        batches=batches,
+        hooks=chosen.hooks,
+        has_shared=int(costs.shared_ns.any()),
+        host_computes=int(placement.host_computes),
+        gemm_per_batch=int(placement.gemm_per_batch),
+        kv_on_host=int(placement.kv_on_host),
+        dense_on_host=int(placement.dense_on_host),
+        per_layer_ns=profile.host.per_layer_ns,
+        decision_ns=decision_ns(profile, chosen.name),
+        predictions=np.array(
+            [(int(p.after_gate), p.distance, p.lane) for p in predictions], np.int64
+        ).reshape(-1, 3),
+        first_token=zeros(batches + 1),
+        gates=zeros(batches),
+        kv_out=zeros(layers, batches),
+        ran=zeros(experts),
+        computed=zeros(experts),
+        outcome=zeros(experts),
+        counts=zeros(len(PHASES), len(OUTCOMES), 2),
+        ids=view.ids,
+        weights=view.weights,
+        active=view.active,
+        loads=view.loads,
+        loads_by_batch=view.loads_by_batch,
+        scores=view.scores,
+        gpu_ns=view.gpu_ns,
+        cpu_ns=view.cpu_ns,
+        queued_ns=view.queued_ns,
+        predicted_tokens=view.predicted_tokens,
+        predicted_ids=view.predicted_ids,
+        predicted_scores=view.predicted_scores,
+        predicted_loads=view.predicted_loads,
+        seen=view,
+    )
