@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from moesim.costs import Costs, copy_ns, part_bytes
+from moesim.forecast import NOW, Forecast, left_ns
 from moesim.types import GPU, H2D, NONE, WHOLE, FloatArray, IntArray
 
 CACHE, STAGING = 0, 1
@@ -74,14 +75,13 @@ class View(NamedTuple):
     """(L, E): staged part, likewise."""
     pending: IntArray
     """(L, E): above 0 where a background fetch waits for a staging slot."""
-    arriving_ns: IntArray
-    """(L, E): how long what is on its way will still take; 0: there, or absent."""
+    cached_ticket: IntArray
+    staged_ticket: IntArray
+    """(L, E): arrivals; ask `arriving_ns`."""
     gpu_ns: IntArray
     """(E,): GPU time of each active expert for its load, weights being there."""
     cpu_ns: IntArray
     """(E,): CPU time of each active expert for its load."""
-    queued_ns: IntArray
-    """(queues,): work queued or running, by `types.QUEUES`."""
     predicted_tokens: IntArray
     """(predictions,): rows filled in; 0 where the prediction is not made now."""
     predicted_ids: IntArray
@@ -91,6 +91,8 @@ class View(NamedTuple):
     predicted_loads: IntArray
     """(predictions, E): tokens that are guessed to choose each expert, by their first top_k ids."""
     costs: Costs
+    forecast: Forecast
+    """The host's reckoning; ask `arriving_ns` and `queued_ns`."""
 
 
 class Plan(NamedTuple):
@@ -203,6 +205,21 @@ def gate_after(plan: Plan, expert: int) -> None:
 def read(plan: Plan, layer: int, expert: int) -> None:
     """Read an expert from disk into host memory ahead of its use; it leaves after its layer."""
     _order(plan, READ, layer, expert, 0, 0, 0, 0, 0)
+
+
+def arriving_ns(view: View, layer: int, expert: int) -> int:
+    """Return how long an expert's weights on their way will still take; 0: all there, or absent."""
+    ns = 0
+    if view.cached[layer, expert] > 0:
+        ns = left_ns(view.forecast, view.cached_ticket[layer, expert])
+    if view.staged[layer, expert] > 0:
+        ns = max(ns, left_ns(view.forecast, view.staged_ticket[layer, expert]))
+    return ns
+
+
+def queued_ns(view: View, queue: int) -> int:
+    """Return the work queued or running on one of `types.QUEUES`."""
+    return max(0, view.forecast.free[queue] - view.forecast.clock[NOW])
 
 
 def transfer_ns(view: View, part: int = WHOLE, precision: int = NONE) -> int:

@@ -11,6 +11,7 @@ from moesim.policies.api import (
     Prediction,
     Setting,
     View,
+    arriving_ns,
     even_split,
     evict,
     fetch,
@@ -19,7 +20,7 @@ from moesim.policies.api import (
     run_on_gpu,
     transfer_ns,
 )
-from moesim.policies.parts.assign import all_on, exact, greedy, threshold, top
+from moesim.policies.parts.assign import all_on, exact, greedy, threshold
 from moesim.policies.parts.cache import Window, lru_use, new_window, window_count, window_due
 from moesim.policies.parts.loading import LruCache, load, new_lru_cache
 from moesim.types import DECODE, WHOLE, IntArray
@@ -62,6 +63,8 @@ class Dali(NamedTuple):
     cpu_cost_ns: IntArray
     gpu_cost_ns: IntArray
     on_gpu: IntArray
+    candidates: IntArray
+    listed: IntArray
     """(experts,): scratch space of one decision."""
     resident: IntArray
     """(layers, experts): at the start."""
@@ -121,6 +124,8 @@ class Dali(NamedTuple):
             cpu_cost_ns=np.zeros(setting.experts, np.int64),
             gpu_cost_ns=np.zeros(setting.experts, np.int64),
             on_gpu=np.zeros(setting.experts, np.int64),
+            candidates=np.zeros(setting.experts, np.int64),
+            listed=np.zeros(setting.experts, np.int64),
             resident=resident,
             staging=staging,
             prediction=Prediction(predictor, recall=recall),
@@ -160,7 +165,7 @@ class Dali(NamedTuple):
                 else:
                     run_on_gpu(plan, expert)
         if self.prefetch != NO_PREFETCH:
-            fetch_ahead(view, plan, self.prefetch, self.prefetch_size)
+            fetch_ahead(view, plan, self.prefetch, self.prefetch_size, self.candidates, self.listed)
 
     def after_layer(self, view: View, plan: Plan) -> None:
         """Count the step's workload, and swap when the window is full (Algorithm 2)."""
@@ -184,7 +189,7 @@ def estimate_costs(view: View, cpu_cost_ns: IntArray, gpu_cost_ns: IntArray) -> 
         cpu_cost_ns[expert] = view.cpu_ns[expert]
         ns = view.gpu_ns[expert]
         if view.cached[view.layer, expert] == WHOLE or view.staged[view.layer, expert] == WHOLE:
-            ns = max(ns, view.arriving_ns[view.layer, expert])
+            ns = max(ns, arriving_ns(view, view.layer, expert))
         else:
             ns = max(ns, copy_ns)
         gpu_cost_ns[expert] = ns
@@ -208,32 +213,49 @@ def decide(
                 on_gpu[expert] = 1
 
 
-def fetch_ahead(view: View, plan: Plan, rule: int, size: int) -> None:
+def fetch_ahead(
+    view: View, plan: Plan, rule: int, size: int, candidates: IntArray, listed: IntArray
+) -> None:
     """Fetch the `size` experts of the next layer that most tokens are guessed to choose.
 
-    What is there or on its way is skipped, and so is what nobody is guessed to choose.
+    What is there or on its way is skipped. Equally many tokens: the better guess first. The last two
+    arguments are scratch space (experts,).
     """
     layers = len(view.cached)
     if view.layer == layers - 1 and view.last_step:
         return
-    target = (view.layer + 1) % layers
-    experts = len(view.loads)
     if rule == RANDOM:
         # A hash of place and time: a generator inside a hook would not repeat when compiled.
-        first = (view.step * 7919 + view.layer * 104729) % experts
-        candidates = (first + np.arange(experts) * 37) % experts
+        first = view.step * 7919 + view.layer * 104729
+        for i in range(len(candidates)):
+            candidates[i] = (first + i * 104723) % len(candidates)
+        n = len(candidates)
     else:
-        if view.predicted_tokens[0] == 0:
-            return
-        candidates = top(view.predicted_loads[0], experts)
-    fetched = 0
-    for i in range(experts):
+        n = rank_guesses(view, candidates, listed)
+    target = (view.layer + 1) % layers
+    for i in range(n):
         expert = candidates[i]
-        if fetched == size or (rule == PREDICTED and view.predicted_loads[0, expert] == 0):
-            break
+        if size == 0:
+            return
         if view.cached[target, expert] == 0 and view.staged[target, expert] == 0:
             fetch(plan, target, expert)
-            fetched += 1
+            size -= 1
+
+
+def rank_guesses(view: View, candidates: IntArray, listed: IntArray) -> int:
+    """List the guessed experts, most tokens first, then the better rank; return how many."""
+    listed[:] = 0
+    n = 0
+    for rank in range(view.ids.shape[1]):
+        for token in range(view.predicted_tokens[0]):
+            expert = view.predicted_ids[0, token, rank]
+            if expert != NONE and listed[expert] == 0:
+                listed[expert] = 1
+                candidates[n] = expert
+                n += 1
+    by_load = np.argsort(-view.predicted_loads[0][candidates[:n]], kind="mergesort")
+    candidates[:n] = candidates[:n][by_load]
+    return n
 
 
 def swap(view: View, plan: Plan, window: Window, size: int, guarded: int, literal: int) -> None:

@@ -122,7 +122,7 @@ class Wakeup(simpy.Event):
 
     def __init__(self, machine: "SimpyMachine", lane: int, priority: int, delay: int) -> None:
         self.env = machine.env
-        self.callbacks = [machine.woken]
+        self.callbacks = [] if lane == HOST else [machine.woken]
         self._value = None
         self._ok = True
         self.lane = lane
@@ -145,8 +145,9 @@ class SimpyMachine:
         self.env = simpy.Environment(initial_time=0)  # type: ignore[arg-type]
         self.costs = costs
         self.feed = feed
-        self.rates = rates.tolist()
-        self.plain = int(rates.min()) == FULL_SPEED
+        shared: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self.rates = [shared.setdefault(row, row) for row in map(tuple, rates.tolist())]
+        self.rate = self.rates[0]
         self.chunk_bytes = chunk_bytes
         self.jitter = jitter
         self.seed = seed
@@ -158,7 +159,6 @@ class SimpyMachine:
         self.queues: list[deque[Operation]] = [deque() for _ in QUEUES]
         self.running: list[Operation | None] = [None for _ in LANES]
         self.events: list[Wakeup | None] = [None for _ in LANES]
-        self.rate = [FULL_SPEED for _ in LANES]
         self.since = [0 for _ in LANES]
         self.started = [0 for _ in LANES]
         self.border = -1
@@ -347,10 +347,8 @@ class SimpyMachine:
         self.started[lane] = self.since[lane] = now
         self.busy_set |= 1 << lane
         self.border = -1 if lane == H2D else self.border
-        if self.plain:
-            self.aim(lane)
-        else:
-            self.change_rates()
+        self.change_rates()
+        self.aim(lane)
 
     def stop(self, lane: int, op: Operation, done: int) -> None:
         """Take an operation off its lane, done or preempted."""
@@ -361,8 +359,7 @@ class SimpyMachine:
         self.running[lane] = None
         self.events[lane] = None
         self.busy_set &= ~(1 << lane)
-        if not self.plain:
-            self.change_rates()
+        self.change_rates()
         if not self.passing:
             self.passing = True
             Wakeup(self, START_PASS, START_PASS, 0)
@@ -378,12 +375,19 @@ class SimpyMachine:
     def change_rates(self) -> None:
         """Let every lane go on at the speed that the lanes now busy leave it."""
         rates = self.rates[self.busy_set]
-        for lane in range(len(LANES)):
-            op = self.running[lane]
-            if op is not None and (rates[lane] != self.rate[lane] or self.events[lane] is None):
-                self.settle(lane)
-                self.rate[lane] = rates[lane]
-                self.aim(lane)
+        if rates is self.rate:
+            return
+        before = self.rate
+        changed = [
+            lane
+            for lane in range(len(LANES))
+            if rates[lane] != before[lane] and self.events[lane] is not None
+        ]
+        for lane in changed:
+            self.settle(lane)
+        self.rate = rates
+        for lane in changed:
+            self.aim(lane)
 
     def aim(self, lane: int) -> None:
         """Schedule the end of what a lane does, or the border at which it is preempted."""
@@ -398,9 +402,11 @@ class SimpyMachine:
         lane = event.lane
         if lane == START_PASS:
             self.passing = False
+            queues = self.queues
             for each in range(len(LANES)):
-                self.start_what_can(each)
-        elif lane != HOST and event is self.events[lane]:
+                if queues[each] or (each == H2D and queues[H2D_BACKGROUND]):
+                    self.start_what_can(each)
+        elif event is self.events[lane]:
             op = self.running[lane]
             if op is None:
                 return

@@ -6,7 +6,7 @@ which contains the copy of weights that are not there. They set `on_gpu[expert]`
 
 import numpy as np
 
-from moesim.types import FloatArray, IntArray
+from moesim.types import IntArray
 
 EXACT_STATES = 1 << 16
 """`exact` is exact as long as so many different sums, none better than another, are enough."""
@@ -87,8 +87,3 @@ def exact(
         on_gpu[active[i]] = 1 if origin >= 0 else 0
         best = origin if origin >= 0 else -1 - origin
     return end
-
-
-def top(scores: IntArray | FloatArray, wanted: int) -> IntArray:
-    """Return the ids of the `wanted` largest scores, largest first, lower ids first on ties."""
-    return np.argsort(-scores, kind="mergesort")[:wanted]

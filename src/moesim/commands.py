@@ -217,7 +217,9 @@ def run_on_gpu(machine: Machine, host: Host, hook: int, layer: int, expert: int,
     cached = res.cached[layer, expert]
     if cached < WHOLE and res.staged[layer, expert] == WHOLE:
         cached = 0
-    if host.ran[expert] == 0 and (piece == FIRST and cached == 0 or piece == REST and cached > 0):
+    if host.ran[expert] == 0 and (
+        (piece == FIRST and cached == 0) or (piece == REST and cached > 0)
+    ):
         return NOTHING_FIRST
     if host.ran[expert] == 0 and cached > 0:
         cause = res.cached_cause[layer, expert]

@@ -118,8 +118,3 @@ def await_ticket(machine: Machine, forecast: Forecast, ticket: int) -> None:
     wait(machine, ticket)
     forecast.clock[NOW] = max(forecast.clock[NOW], end_ns(forecast, ticket))
     busy(machine, forecast, forecast.sync_ns)
-
-
-def queued_ns(forecast: Forecast, queue: int) -> int:
-    """Return the work still queued or running, in ns at full speed."""
-    return max(0, forecast.free[queue] - forecast.clock[NOW])

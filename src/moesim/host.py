@@ -13,7 +13,7 @@ from typing import Any
 
 from moesim.commands import carry_out
 from moesim.costs import duration_ns
-from moesim.forecast import PHASE, await_ticket, busy, launch, queued_ns
+from moesim.forecast import PHASE, await_ticket, busy, launch
 from moesim.machine import Machine, begin, done, predict, route
 from moesim.policies.api import (
     AFTER_LAYER,
@@ -31,7 +31,6 @@ from moesim.residency import (
     release_layer,
     staging_pool,
     start_pending,
-    update_arrivals,
 )
 from moesim.state import (
     ACTIVE,
@@ -186,17 +185,13 @@ def ask(
     s = host.state
     res = host.res
     seen = host.seen
-    update_arrivals(host.forecast, res)
-    for queue in range(len(host.queued_ns)):
-        host.queued_ns[queue] = queued_ns(host.forecast, queue)
     free_slots = res.free_count[staging_pool(res)] + (0 if oldest_run(res) == NONE else 1)
     view = View(
         layer, step, host.steps.phase[step], 1 if step == len(host.steps.phase) - 1 else 0,
         res.precision, host.batches, batch, s[TOKENS], s[ACTIVE], free_slots, window_ns(host, hook),
         seen.ids, seen.weights, seen.active, seen.loads, seen.loads_by_batch, seen.scores,
-        seen.cached, seen.staged, seen.pending, seen.arriving_ns, seen.gpu_ns, seen.cpu_ns,
-        seen.queued_ns, seen.predicted_tokens, seen.predicted_ids, seen.predicted_scores,
-        seen.predicted_loads, seen.costs,
+        seen.cached, seen.staged, seen.pending, seen.cached_ticket, seen.staged_ticket, seen.gpu_ns, seen.cpu_ns, seen.predicted_tokens, seen.predicted_ids, seen.predicted_scores,
+        seen.predicted_loads, seen.costs, seen.forecast,
     )  # fmt: skip
     host.plan.count[0] = 0
     call_hook(policy, hook, view, host.plan)

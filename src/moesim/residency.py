@@ -10,7 +10,7 @@ import numpy as np
 
 from moesim.costs import part_bytes
 from moesim.errors import PolicyError
-from moesim.forecast import Forecast, launch_expert, left_ns
+from moesim.forecast import Forecast, launch_expert
 from moesim.log import Contents
 from moesim.machine import Machine, cancel, done
 from moesim.policies.api import Placement, Setting
@@ -18,10 +18,10 @@ from moesim.types import (
     COPY_IN,
     DISK,
     DISK_READ,
+    GPU,
     H2D,
     H2D_BACKGROUND,
     MOVE,
-    GPU,
     NO_CAUSE,
     NONE,
     PREFETCH,
@@ -49,10 +49,6 @@ class Residency(NamedTuple):
     cached_cause: IntArray
     staged_cause: IntArray
     """Why the copy was made; forgotten at the first use, so that later uses count as resident."""
-    arriving_ns: IntArray
-    """How long what is on its way is expected to take; policies see it."""
-    on_the_way: IntArray
-    """(layers * experts + 1, 2): the non-zero entries of `arriving_ns`; row 0 is their number."""
     on_disk: IntArray
     read_ticket: IntArray
     """DISK_READ of this step; 0: not read yet."""
@@ -151,41 +147,9 @@ def copy_in(
     )  # fmt: skip
     res.slot_before[slot] = before
     res.slot_ticket[slot] = ticket
-    note_arrival(res, layer, expert)
     if cause == PREFETCH:
         res.counters[PREFETCHED] += 1
     return ticket
-
-
-def note_arrival(res: Residency, layer: int, expert: int) -> None:
-    """Remember that weights are on their way, so that views say for how long."""
-    if res.arriving_ns[layer, expert] == 0:
-        n = res.on_the_way[0, 0] + 1
-        res.on_the_way[0, 0] = n
-        res.on_the_way[n, 0] = layer
-        res.on_the_way[n, 1] = expert
-    res.arriving_ns[layer, expert] = 1
-
-
-def update_arrivals(forecast: Forecast, res: Residency) -> None:
-    """Bring `arriving_ns` up to date."""
-    i = 1
-    while i <= res.on_the_way[0, 0]:
-        layer = res.on_the_way[i, 0]
-        expert = res.on_the_way[i, 1]
-        ns = 0
-        if res.cached[layer, expert] > 0:
-            ns = left_ns(forecast, res.cached_ticket[layer, expert])
-        if res.staged[layer, expert] > 0:
-            ns = max(ns, left_ns(forecast, res.staged_ticket[layer, expert]))
-        res.arriving_ns[layer, expert] = ns
-        if ns == 0:
-            last = res.on_the_way[0, 0]
-            res.on_the_way[i, 0] = res.on_the_way[last, 0]
-            res.on_the_way[i, 1] = res.on_the_way[last, 1]
-            res.on_the_way[0, 0] = last - 1
-        else:
-            i += 1
 
 
 def take_back(machine: Machine, res: Residency, slot: int, ticket: int) -> bool:
@@ -464,7 +428,6 @@ def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residen
         cached_slot=np.full(shape, NONE),
         staged_slot=np.full(shape, NONE),
         on_disk=np.ascontiguousarray(on_disk, np.int64),
-        on_the_way=np.zeros((layers * experts + 1, 2), np.int64),
         slot_layer=np.full(slots, NONE),
         slot_expert=np.full(slots, NONE),
         slot_ticket=np.zeros(slots, np.int64),
@@ -502,7 +465,7 @@ def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residen
 
 _TABLES = (
     "cached", "staged", "pending", "cached_ticket", "staged_ticket", "cached_precision",
-    "staged_precision", "cached_cause", "staged_cause", "arriving_ns", "read_ticket",
+    "staged_precision", "cached_cause", "staged_cause", "read_ticket",
 )  # fmt: skip
 
 

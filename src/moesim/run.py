@@ -17,7 +17,7 @@ from moesim.traces.format import MISSING, Trace
 from moesim.traces.predictors import SEES_FUTURE, guess, resolve
 from moesim.traces.stats import popularity
 from moesim.traces.workload import Steps, Workload, steps_of
-from moesim.types import BITS, NONE, OUTCOMES, PHASES, QUEUES
+from moesim.types import BITS, NONE, OUTCOMES, PHASES
 
 MAX_BUDGET_BYTES = 1 << 50
 
@@ -173,6 +173,7 @@ def new_host(
     width = max([p.width for p in predictions] + [setting.top_k])
     tokens = setting.step_tokens
     costs = setting.costs
+    forecast = new_forecast(costs, profile.host.per_launch_ns, profile.host.per_sync_ns)
 
     def zeros(*shape: int) -> Any:
         return np.zeros(shape, np.int64)
@@ -184,17 +185,18 @@ def new_host(
         weights=np.full((tokens, setting.top_k), 1 / setting.top_k),
         active=zeros(experts), loads=zeros(experts), loads_by_batch=zeros(batches, experts),
         scores=np.zeros(experts),
-        cached=res.cached, staged=res.staged, pending=res.pending, arriving_ns=res.arriving_ns,
-        gpu_ns=zeros(experts), cpu_ns=zeros(experts), queued_ns=zeros(len(QUEUES)),
+        cached=res.cached, staged=res.staged, pending=res.pending,
+        cached_ticket=res.cached_ticket, staged_ticket=res.staged_ticket,
+        gpu_ns=zeros(experts), cpu_ns=zeros(experts),
         predicted_tokens=zeros(len(predictions)),
         predicted_ids=np.full((len(predictions), tokens, width), NONE, np.int64),
         predicted_scores=np.zeros((len(predictions), tokens, width)),
         predicted_loads=zeros(len(predictions), experts),
-        costs=costs,
+        costs=costs, forecast=forecast,
     )  # fmt: skip
     return Host(
         costs=costs,
-        forecast=new_forecast(costs, profile.host.per_launch_ns, profile.host.per_sync_ns),
+        forecast=forecast,
         res=res,
         plan=Plan(zeros(8 * experts + 256, 8), zeros(1)),
         steps=steps,
@@ -229,7 +231,6 @@ def new_host(
         scores=view.scores,
         gpu_ns=view.gpu_ns,
         cpu_ns=view.cpu_ns,
-        queued_ns=view.queued_ns,
         predicted_tokens=view.predicted_tokens,
         predicted_ids=view.predicted_ids,
         predicted_scores=view.predicted_scores,

@@ -115,7 +115,6 @@ class Host(NamedTuple):
     scores: FloatArray
     gpu_ns: IntArray
     cpu_ns: IntArray
-    queued_ns: IntArray
     predicted_tokens: IntArray
     predicted_ids: IntArray
     predicted_scores: FloatArray

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from typing import NoReturn
 
 import click
 
@@ -43,7 +44,17 @@ def main() -> None:
     from moesim.errors import MoesimError
 
     try:
-        moesim(prog_name="moesim")
+        status = moesim(prog_name="moesim", standalone_mode=False)
     except MoesimError as error:
-        click.echo(f"moesim: {error}", err=True)
-        sys.exit(2)
+        fail(str(error), 2)
+    except click.ClickException as error:
+        fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted", 130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Say in one line what is wrong, and leave."""
+    click.echo(f"moesim: {' '.join(message.split())}", err=True)
+    sys.exit(status)

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moesim.cli.common import print_json, setting_pairs
+
 if TYPE_CHECKING:
     from moesim.model import ModelSpec
     from moesim.profile import HardwareProfile
@@ -23,7 +25,7 @@ def command(context: click.Context, as_json: bool) -> None:
 
     profiles = [load_profile(name)[0] for name in profile_names()]
     if as_json:
-        _print_json([_summary(profile) for profile in profiles])
+        print_json([_summary(profile) for profile in profiles])
         return
     from rich.console import Console
     from rich.table import Table
@@ -63,7 +65,7 @@ def show(name: str | None, model: str, settings: tuple[str, ...], as_json: bool)
     from moesim.profile import load_profile, with_overrides
 
     profile, notice = load_profile(name)
-    profile = with_overrides(profile, _pairs(settings))
+    profile = with_overrides(profile, setting_pairs(settings))
     spec = load_model(model)
     if notice:
         click.echo(notice, err=True)
@@ -71,7 +73,7 @@ def show(name: str | None, model: str, settings: tuple[str, ...], as_json: bool)
     if as_json:
         import msgspec
 
-        _print_json(
+        print_json(
             {**_summary(profile), "times": times, "profile": msgspec.to_builtins(profile)},
         )
         return
@@ -117,15 +119,6 @@ def show(name: str | None, model: str, settings: tuple[str, ...], as_json: bool)
         origin = getattr(profile.provenance, section)
         table.add_row(section, origin.source, origin.note)
     console.print(table)
-
-
-def _pairs(settings: tuple[str, ...]) -> dict[str, str]:
-    from moesim.errors import InputError
-
-    for setting in settings:
-        if "=" not in setting:
-            raise InputError(f"--set {setting}: write key=value, as link.h2d.bytes_per_s=55e9")
-    return dict(setting.split("=", 1) for setting in settings)
 
 
 def _sections(profile: "HardwareProfile") -> dict[str, str]:
@@ -212,9 +205,3 @@ def _times(spec: "ModelSpec", profile: "HardwareProfile") -> dict[str, Any]:
             }
         )
     return {"model": spec.name, "experts": rows}
-
-
-def _print_json(value: object) -> None:
-    import json
-
-    click.echo(json.dumps(value, indent=2))

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moesim.cli.common import print_json
+
 if TYPE_CHECKING:
     from moesim.model import ModelSpec
 
@@ -19,7 +21,7 @@ def command(context: click.Context, as_json: bool) -> None:
 
     rows = [_facts(load_model(name)) for name in model_names()]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     from rich.console import Console
     from rich.table import Table
@@ -64,7 +66,7 @@ def show(name: str, as_json: bool) -> None:
     spec = load_model(name)
     facts = _facts(spec)
     if as_json:
-        _print_json({**facts, "spec": spec_to_dict(spec)})
+        print_json({**facts, "spec": spec_to_dict(spec)})
         return
     from rich.console import Console
     from rich.table import Table
@@ -118,9 +120,3 @@ def _facts(spec: "ModelSpec") -> dict[str, Any]:
         "active_params": model.active_params(spec),
         "digest": model.model_digest(spec),
     }
-
-
-def _print_json(value: object) -> None:
-    import json
-
-    click.echo(json.dumps(value, indent=2))
