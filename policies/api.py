@@ -23,7 +23,7 @@ from moesim.forecast import NOW, Forecast, left_ns
 from moesim.types import GPU, H2D, NONE, WHOLE, FloatArray, IntArray
 
 CACHE, STAGING = 0, 1
-"""Where a fetched expert goes: it stays until it is evicted, or leaves after its layer's next run."""
+"""Where a fetched expert goes: to stay until it is evicted, or until after its layer's next run."""
 
 BOTH, FIRST, REST = 0, 1, 2
 """Which piece of an expert that is resident in part: all, what is cached, what is not."""
@@ -100,8 +100,8 @@ class Plan(NamedTuple):
 
     rows: IntArray
     """(capacity, 8): code, layer, expert and the command's own arguments."""
-    count: IntArray
-    """(1,)."""
+    length: IntArray
+    """(1,): orders given."""
 
 
 COMMANDS = (
@@ -116,8 +116,8 @@ COMMANDS = (
 def _order(
     plan: Plan, code: int, layer: int, expert: int, a: int, b: int, c: int, d: int, e: int
 ) -> None:
-    at = plan.count[0]
-    plan.count[0] = at + 1
+    at = plan.length[0]
+    plan.length[0] = at + 1
     if at < len(plan.rows):
         plan.rows[at, 0] = code
         plan.rows[at, 1] = layer
@@ -219,7 +219,8 @@ def arriving_ns(view: View, layer: int, expert: int) -> int:
 
 def queued_ns(view: View, queue: int) -> int:
     """Return the work queued or running on one of `types.QUEUES`."""
-    return max(0, view.forecast.free[queue] - view.forecast.clock[NOW])
+    ns: int = view.forecast.free[queue] - view.forecast.clock[NOW]
+    return max(0, ns)
 
 
 def transfer_ns(view: View, part: int = WHOLE, precision: int = NONE) -> int:

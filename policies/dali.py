@@ -23,7 +23,7 @@ from moesim.policies.api import (
 from moesim.policies.parts.assign import all_on, exact, greedy, threshold
 from moesim.policies.parts.cache import Window, lru_use, new_window, window_count, window_due
 from moesim.policies.parts.loading import LruCache, load, new_lru_cache
-from moesim.types import DECODE, WHOLE, IntArray
+from moesim.types import DECODE, NONE, WHOLE, IntArray
 
 GREEDY, EXACT, THRESHOLD, RESIDENT_ELSE_CPU, ALL_GPU = range(5)
 ASSIGN = ("greedy", "exact", "threshold", "resident", "gpu")

@@ -34,6 +34,7 @@ from moesim.types import (
     SOURCES,
     FloatArray,
     IntArray,
+    as_scalars,
 )
 
 FULL_SPEED = 1024
@@ -126,7 +127,7 @@ class Wakeup(simpy.Event):
         self._value = None
         self._ok = True
         self.lane = lane
-        self.env.schedule(self, priority, delay)  # type: ignore[arg-type]
+        self.env.schedule(self, priority, delay)
 
 
 class SimpyMachine:
@@ -142,7 +143,7 @@ class SimpyMachine:
         `jitter` stretches each operation by up to so many 1024ths, drawn from (seed, ticket).
         `record` keeps the full log.
         """
-        self.env = simpy.Environment(initial_time=0)  # type: ignore[arg-type]
+        self.env: Any = simpy.Environment(initial_time=0)  # all delays are int, and so is its clock
         self.costs = costs
         self.feed = feed
         shared: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -169,7 +170,7 @@ class SimpyMachine:
         self.busy_ns = [0 for _ in LANES]
         self.source_ns = [0 for _ in SOURCES]
         self.copied = np.zeros((len(KINDS), 4), np.int64)
-        self.copied_items = memoryview(self.copied)
+        self.copied_items = as_scalars(self.copied)
         self.heads: list[Totals] = []
         self.preemptions = 0
         self.paused_ns = 0

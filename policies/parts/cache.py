@@ -52,7 +52,7 @@ def order_append(order: Order, layer: int, expert: int) -> None:
 def order_oldest(order: Order, layer: int, protected: IntArray) -> int:
     """Return the oldest expert of a layer's list that has no tokens in `protected`, or NONE."""
     end = order.after.shape[1] - 1
-    expert = order.after[layer, end]
+    expert: int = order.after[layer, end]
     while expert != end:
         if protected[expert] == 0:
             return expert
@@ -98,16 +98,5 @@ def window_due(window: Window, layer: int, size: int, early: int) -> bool:
     With `early` as Algorithm 2 has it, `i mod size == 0` counted from step 0: after the first step
     already, and then every `size` steps.
     """
-    done = window.steps[layer]
-    return (done - 1) % size == 0 if early else done % size == 0
-
-
-def window_best(window: Window, layer: int, cached: IntArray) -> int:
-    """Return the absent expert with the highest score, the lowest id on ties; NONE if none is."""
-    best = NONE
-    for expert in range(window.score.shape[1]):
-        if cached[layer, expert] == 0 and (
-            best == NONE or window.score[layer, expert] > window.score[layer, best]
-        ):
-            best = expert
-    return best
+    done: int = window.steps[layer]
+    return (done - 1 if early else done) % size == 0

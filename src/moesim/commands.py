@@ -105,7 +105,7 @@ def carry_out(machine: Machine, host: Host, hook: int, step: int, layer: int) ->
     s[BAD_HOOK] = hook
     s[BAD_STEP] = step
     rows = host.plan.rows
-    n = host.plan.count[0]
+    n = host.plan.length[0]
     if n > len(rows):
         return fail(host, FULL_PLAN, layer, NONE)
     shared = 0

@@ -56,12 +56,14 @@ def new_forecast(costs: Costs, launch_ns: int, sync_ns: int) -> Forecast:
 def end_ns(forecast: Forecast, ticket: int) -> int:
     """Return when an operation is expected to end; 0 for one long over."""
     at = ticket % RING
-    return forecast.ends[at, 1] if forecast.ends[at, 0] == ticket else 0
+    end: int = forecast.ends[at, 1]
+    return end if forecast.ends[at, 0] == ticket else 0
 
 
 def left_ns(forecast: Forecast, ticket: int) -> int:
     """Return how long an operation is still expected to take, waiting included."""
-    return max(0, end_ns(forecast, ticket) - forecast.clock[NOW])
+    left: int = end_ns(forecast, ticket) - forecast.clock[NOW]
+    return max(0, left)
 
 
 def busy(machine: Machine, forecast: Forecast, ns: int) -> None:

@@ -193,7 +193,7 @@ def ask(
         seen.cached, seen.staged, seen.pending, seen.cached_ticket, seen.staged_ticket, seen.gpu_ns, seen.cpu_ns, seen.predicted_tokens, seen.predicted_ids, seen.predicted_scores,
         seen.predicted_loads, seen.costs, seen.forecast,
     )  # fmt: skip
-    host.plan.count[0] = 0
+    host.plan.length[0] = 0
     call_hook(policy, hook, view, host.plan)
     if hook == DISPATCH:
         busy(machine, host.forecast, host.decision_ns)
@@ -217,7 +217,7 @@ def call_hook(policy: Any, hook: int, view: View, plan: Plan) -> None:
 def window_ns(host: Host, hook: int) -> int:
     """Return the time from a hook to the next layer's gate if all weights were resident."""
     s = host.state
-    ns = s[ATTENTION_NS]
+    ns: int = s[ATTENTION_NS]
     if hook == BEFORE_ATTENTION:
         ns += s[ATTENTION_NS] + s[GATE_NS] + s[EXPERT_NS]
     elif hook == BEFORE_GATE:

@@ -103,7 +103,7 @@ def take_slot(res: Residency, pool: int) -> int:
     """Take the first free slot of a pool, or return NONE."""
     if res.free_count[pool] == 0:
         return NONE
-    slot = res.free_first[pool]
+    slot: int = res.free_first[pool]
     res.free_first[pool] = res.slot_next[slot]
     res.free_count[pool] -= 1
     return slot
@@ -130,7 +130,8 @@ def read_from_disk(
             machine, forecast, DISK, DISK_READ, layer, expert, NONE, size_bytes, 0, WHOLE,
             res.precision, NONE, NO_CAUSE, 0, 0, 0,
         )  # fmt: skip
-    return res.read_ticket[layer, expert]
+    ticket: int = res.read_ticket[layer, expert]
+    return ticket
 
 
 def copy_in(
@@ -170,7 +171,7 @@ def forget_staged(
     machine: Machine, forecast: Forecast, res: Residency, layer: int, expert: int
 ) -> int:
     """Let go of what is staged of an expert and return its slot, which is in no free list."""
-    slot = res.staged_slot[layer, expert]
+    slot: int = res.staged_slot[layer, expert]
     if res.slot_run[slot] == 0 and not take_back(
         machine, res, slot, res.staged_ticket[layer, expert]
     ):
@@ -231,7 +232,7 @@ def youngest_unrun(res: Residency, layer: int, elsewhere: int) -> int:
 def wrong_guess(res: Residency, layer: int, loads: IntArray) -> int:
     """Return a staging slot that holds an inactive expert of the layer being run, or NONE."""
     for i in range(len(res.staging)):
-        slot = res.staging[i]
+        slot: int = res.staging[i]
         if res.slot_layer[slot] == layer and loads[res.slot_expert[slot]] == 0:
             return slot
     return NONE

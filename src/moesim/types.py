@@ -97,7 +97,7 @@ def as_scalars(arrays: Arrays) -> Arrays:
     NamedTuples inside are converted too.
     """
     if isinstance(arrays, np.ndarray):
-        return cast("Arrays", memoryview(np.ascontiguousarray(arrays)))
+        return cast("Arrays", memoryview(cast("bytes", np.ascontiguousarray(arrays))))
     if isinstance(arrays, tuple) and hasattr(arrays, "_fields"):
         return cast("Arrays", type(arrays)(*(as_scalars(field) for field in arrays)))
     return arrays
