@@ -6,14 +6,14 @@ ARGS ?=
 
 .PHONY: replay test bench lint format wheel clean
 
-replay: $(VENV)/.run  ## replay the sample trace
-	$(BIN)/moesim replay $(ARGS)
+replay: $(VENV)/.run  ## replay the trace that ships with moesim
+	$(BIN)/moesim replay --policy dali $(ARGS)
 
-test: $(VENV)/.dev  ## run the tests; compiled code then checks its indices, too
-	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.dev  ## run the benchmarks, which assert counts and print times
-	$(BIN)/python -m pytest -m bench $(ARGS)
+	$(BIN)/python -m pytest -m bench -s benchmarks $(ARGS)
 
 lint: $(VENV)/.dev  ## style, types, import rules
 	$(BIN)/ruff check .

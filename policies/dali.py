@@ -91,7 +91,7 @@ class Dali(NamedTuple):
         staging: int = 2,
         link: Literal["fifo", "priority"] = "fifo",
     ) -> "Dali":
-        """Sizes of 0 take the paper's setting: prefetch 1 and update 1 for coarse experts, else 4, 8.
+        """A size of 0 is the paper's setting: prefetch 1, update 1 for coarse experts, else 4, 8.
 
         `staging` are slots for demand copies, beside one for each prefetch; `recall` is of
         predictor=noisy-oracle.
@@ -145,7 +145,7 @@ class Dali(NamedTuple):
         )
 
     def dispatch(self, view: View, plan: Plan) -> None:
-        """Assign and start every active expert, then fetch for the next layer behind the demands."""
+        """Assign and start every active expert, then fetch for the next layer behind them."""
         estimate_costs(view, self.cpu_cost_ns, self.gpu_cost_ns)
         decide(self.assign, view, self.cpu_cost_ns, self.gpu_cost_ns, self.on_gpu)
         for i in range(view.n_active):
@@ -218,8 +218,8 @@ def fetch_ahead(
 ) -> None:
     """Fetch the `size` experts of the next layer that most tokens are guessed to choose.
 
-    What is there or on its way is skipped. Equally many tokens: the better guess first. The last two
-    arguments are scratch space (experts,).
+    What is there or on its way is skipped. Equally many tokens: the better guess first. The last
+    two arguments are scratch space (experts,).
     """
     layers = len(view.cached)
     if view.layer == layers - 1 and view.last_step:

@@ -123,11 +123,11 @@ class Wakeup(simpy.Event):
 
     def __init__(self, machine: "SimpyMachine", lane: int, priority: int, delay: int) -> None:
         self.env = machine.env
-        self.callbacks = [] if lane == HOST else [machine.woken]
+        self.callbacks: Any = [] if lane == HOST else [machine.woken]
         self._value = None
         self._ok = True
         self.lane = lane
-        self.env.schedule(self, priority, delay)
+        machine.env.schedule(self, priority, delay)
 
 
 class SimpyMachine:
@@ -280,6 +280,8 @@ class SimpyMachine:
         op = self.open.get(ticket)
         if op is None or op.queue != H2D_BACKGROUND or op.blockers or op is self.running[H2D]:
             return False
+        if any(ahead.blockers for ahead in self.queues[H2D]):
+            return False  # It would wait behind a copy that may itself wait for it.
         self.queues[H2D_BACKGROUND].remove(op)
         op.queue = H2D
         self.queues[H2D].append(op)

@@ -34,7 +34,7 @@ def threshold(
 def greedy(
     active: IntArray, n_active: int, cpu_ns: IntArray, gpu_ns: IntArray, on_gpu: IntArray
 ) -> tuple[int, int]:
-    """Give each expert, largest difference of costs first, to the device that is done with it first.
+    """Give each expert, largest difference of costs first, to the device done with it first.
 
     DALI, arXiv 2602.03495, Algorithm 1: equal ends go to the GPU; equal differences are visited by
     ascending id. Returns the summed times of GPU and CPU.

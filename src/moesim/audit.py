@@ -443,7 +443,7 @@ def line_up(run: Run) -> dict[int, list[Stay]]:
             lines[operation.queue].append(Stay(operation, enter, leave, segments))
 
     def by_entry(stay: Stay) -> tuple[float, float, float]:
-        # What was promoted could run at once. Cancelled later, it delayed nobody: it may be the last.
+        # What was promoted could run at once. If cancelled later, it delayed nobody.
         never = stay.leave and stay.operation.promote_ns != NONE
         return stay.enter[0], FOREVER if never else stay.first_ns, stay.gone[0]
 

@@ -22,7 +22,7 @@ class ProfileError(InputError):
 
 
 class PolicyError(MoesimError):
-    """A decision of a policy that cannot be carried out: names policy, hook, layer, expert, rule."""
+    """A decision of a policy that cannot be carried out; names policy, hook, layer and rule."""
 
 
 class DeadlockError(MoesimError):

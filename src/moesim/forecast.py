@@ -74,19 +74,19 @@ def busy(machine: Machine, forecast: Forecast, ns: int) -> None:
 
 
 def launch(
-    machine: Machine, forecast: Forecast, queue: int, kind: int, layer: int, batch: int, amount: int,
-    context: int, after0: int, after1: int, after2: int,
+    machine: Machine, forecast: Forecast, queue: int, kind: int, layer: int, batch: int,
+    amount: int, context: int, after0: int, after1: int, after2: int,
 ) -> int:  # fmt: skip
     """Submit an operation that is about no single expert; see `launch_expert`."""
     return launch_expert(
-        machine, forecast, queue, kind, layer, NONE, batch, amount, context, WHOLE, 0, NONE, NO_CAUSE,
-        after0, after1, after2,
+        machine, forecast, queue, kind, layer, NONE, batch, amount, context, WHOLE, 0, NONE,
+        NO_CAUSE, after0, after1, after2,
     )  # fmt: skip
 
 
 def launch_expert(
-    machine: Machine, forecast: Forecast, queue: int, kind: int, layer: int, expert: int, batch: int,
-    amount: int, context: int, part: int, precision: int, slot: int, cause: int,
+    machine: Machine, forecast: Forecast, queue: int, kind: int, layer: int, expert: int,
+    batch: int, amount: int, context: int, part: int, precision: int, slot: int, cause: int,
     after0: int, after1: int, after2: int,
 ) -> int:  # fmt: skip
     """Submit an operation (`Machine.submit`), charge the launch and note its expected end."""

@@ -188,10 +188,11 @@ def ask(
     free_slots = res.free_count[staging_pool(res)] + (0 if oldest_run(res) == NONE else 1)
     view = View(
         layer, step, host.steps.phase[step], 1 if step == len(host.steps.phase) - 1 else 0,
-        res.precision, host.batches, batch, s[TOKENS], s[ACTIVE], free_slots, window_ns(host, hook),
-        seen.ids, seen.weights, seen.active, seen.loads, seen.loads_by_batch, seen.scores,
-        seen.cached, seen.staged, seen.pending, seen.cached_ticket, seen.staged_ticket, seen.gpu_ns, seen.cpu_ns, seen.predicted_tokens, seen.predicted_ids, seen.predicted_scores,
-        seen.predicted_loads, seen.costs, seen.forecast,
+        res.precision, host.batches, batch, s[TOKENS], s[ACTIVE], free_slots,
+        window_ns(host, hook), seen.ids, seen.weights, seen.active, seen.loads,
+        seen.loads_by_batch, seen.scores, seen.cached, seen.staged, seen.pending,
+        seen.cached_ticket, seen.staged_ticket, seen.gpu_ns, seen.cpu_ns, seen.predicted_tokens,
+        seen.predicted_ids, seen.predicted_scores, seen.predicted_loads, seen.costs, seen.forecast,
     )  # fmt: skip
     host.plan.length[0] = 0
     call_hook(policy, hook, view, host.plan)

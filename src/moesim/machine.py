@@ -47,15 +47,18 @@ class Machine(Protocol):
     def promote(self, ticket: int) -> bool:
         """Put a queued or preempted background copy that waits for nothing behind the urgent ones.
 
-        Returns whether it did; there is no effect with a FIFO link or on a copy under way.
+        Returns whether it did. There is no effect with a FIFO link or on a copy under way, nor while
+        an urgent copy waits for something: background copies pass that one anyway, and behind it
+        a copy that it waits for would never run.
         """
 
     def route(
         self, step: int, layer: int, batch: int, first: int, ids: IntArray, weights: FloatArray
     ) -> int:
-        """Write what the router chose into rows `first...` of `ids` and `weights` `(tokens, top_k)`.
+        """Write what the router chose into rows `first...` of `ids` and `weights`, best first.
 
-        Best expert first; returns the number of tokens. Legal once the batch's GATE is done.
+        Both are `(tokens, top_k)`. Returns the number of tokens. Legal once the batch's GATE is
+        done.
         """
 
     def predict(self, guess: int, step: int, layer: int, ids: IntArray, scores: FloatArray) -> int:

@@ -141,8 +141,9 @@ def copy_in(
     """Submit the copy of a part into a slot, after whatever touches that slot last."""
     read = read_from_disk(machine, forecast, res, layer, expert)
     before = res.slot_ticket[slot]
+    queue = H2D if urgent or res.fifo else H2D_BACKGROUND
     ticket = launch_expert(
-        machine, forecast, H2D if urgent or res.fifo else H2D_BACKGROUND, COPY_IN, layer, expert, NONE,
+        machine, forecast, queue, COPY_IN, layer, expert, NONE,
         part_bytes(forecast.costs, layer, precision, start, part), start, part, precision, slot,
         cause, before, read, after,
     )  # fmt: skip
@@ -419,8 +420,8 @@ def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residen
     total_bytes = int((counts * sizes).sum())
     if total_bytes > setting.budget_bytes:
         raise PolicyError(
-            f"placement: {int(counts.sum())} slots of {total_bytes} bytes together exceed the budget "
-            f"of {setting.budget_bytes} bytes"
+            f"placement: {int(counts.sum())} slots of {total_bytes} bytes together exceed the "
+            f"budget of {setting.budget_bytes} bytes"
         )
     slots = int(counts.sum())
     on_disk = np.zeros(shape, np.int64) if placement.on_disk is None else placement.on_disk

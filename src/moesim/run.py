@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moesim.costs import build_costs
+from moesim.costs import Costs, build_costs
 from moesim.errors import InputError, MoesimError, PolicyError
 from moesim.forecast import new_forecast
-from moesim.model import ModelSpec, expert_bytes
+from moesim.model import ModelSpec
 from moesim.policies.api import Placement, Plan, Setting, View
 from moesim.policies.registry import Chosen
 from moesim.profile import HardwareProfile, decision_ns
@@ -52,15 +52,14 @@ class Prepared(NamedTuple):
     trace_digest: str
 
 
-def check_budget(budget_bytes: int, model: ModelSpec, bits: int) -> None:
-    """Raise InputError for a budget that no policy can use."""
-    one = expert_bytes(model, bits)
+def check_budget(budget_bytes: int, model: ModelSpec, bits: int, one: int) -> None:
+    """Raise InputError for a budget that no policy can use; `one` expert has so many bytes."""
     if not 0 <= budget_bytes <= MAX_BUDGET_BYTES:
         raise InputError(f"a budget of {budget_bytes} bytes is not in 0..{MAX_BUDGET_BYTES}")
     if 0 < budget_bytes < one:
         raise InputError(
-            f"a budget of {budget_bytes} bytes holds no expert: one of {model.name} takes {one} bytes "
-            f"at {bits} bits (0 is legal where everything runs on the CPU)"
+            f"a budget of {budget_bytes} bytes holds no expert: one of {model.name} takes {one} "
+            f"bytes at {bits} bits (0 is legal where everything runs on the CPU)"
         )
 
 
@@ -69,24 +68,27 @@ def check_fit(trace: Trace, model: ModelSpec) -> None:
     has = (trace.layers, trace.top_k)
     if has != (model.layers, model.top_k) or trace.n_experts > model.experts:
         raise InputError(
-            f"the trace has {trace.layers} MoE layers of {trace.n_experts} experts, top-{trace.top_k}; "
-            f"{model.name} has {model.layers} of {model.experts}, top-{model.top_k}"
+            f"the trace has {trace.layers} MoE layers of {trace.n_experts} experts, "
+            f"top-{trace.top_k}; {model.name} has {model.layers} of {model.experts}, top-{model.top_k}"
         )
 
 
 def prepare(
     trace: Trace, workload: Workload, model: ModelSpec, profile: HardwareProfile, chosen: Chosen, *,
-    budget_bytes: int, bits: int = 16, seed: int = 0,
+    budget_bytes: int, bits: int = 16, seed: int = 0, costs: Costs | None = None,
 ) -> Prepared:  # fmt: skip
     """Return a run that is ready to start.
 
     `budget_bytes` is GPU memory for expert weights, staging included; `bits` the precision in which
-    experts are stored on the host. Raises InputError or PolicyError for what does not fit together.
+    experts are stored on the host; `costs` replace those of the model on the machine. Raises
+    InputError or PolicyError for what does not fit together.
     """
-    check_budget(budget_bytes, model, bits)
     check_fit(trace, model)
     step_tokens = max(int(workload.prompts.sum()), workload.sequences)
-    costs = build_costs(model, profile, step_tokens, workload.sequences)
+    if costs is None:
+        costs = build_costs(model, profile, step_tokens, workload.sequences)
+    precision = BITS.index(bits)
+    check_budget(budget_bytes, model, bits, int(costs.expert_bytes[:, precision].max()))
     counts = np.zeros((model.layers, model.experts), np.int64)
     seen = popularity(trace, workload.unused_rows(trace))
     counts[:, : seen.shape[1]] = seen
@@ -95,7 +97,7 @@ def prepare(
         experts=model.experts,
         top_k=model.top_k,
         budget_bytes=budget_bytes,
-        precision=BITS.index(bits),
+        precision=precision,
         costs=costs,
         sequences=workload.sequences,
         step_tokens=step_tokens,
@@ -179,8 +181,8 @@ def new_host(
         return np.zeros(shape, np.int64)
 
     view = View(
-        layer=0, step=0, phase=0, last_step=0, precision=setting.precision, batches=batches, batch=NONE,
-        tokens=0, n_active=0, free_slots=0, window_ns=0,
+        layer=0, step=0, phase=0, last_step=0, precision=setting.precision, batches=batches,
+        batch=NONE, tokens=0, n_active=0, free_slots=0, window_ns=0,
         ids=np.full((tokens, setting.top_k), NONE, np.int64),
         weights=np.full((tokens, setting.top_k), 1 / setting.top_k),
         active=zeros(experts), loads=zeros(experts), loads_by_batch=zeros(batches, experts),

@@ -1,7 +1,7 @@
-"""Codes, array types and the one trick that lets the same source run fast as Python and compiled.
+"""Codes, array types, and the trick that lets the same source run fast as Python and compiled.
 
-Every code is a small `int`, so that hooks, host and machines may be compiled. Time is `int` ns, size
-`int` bytes, a part of an expert is counted in 1/1024 of its bytes.
+Every code is a small `int`, so that hooks, host and machines may be compiled. Time is `int` ns,
+size `int` bytes, a part of an expert is counted in 1/1024 of its bytes.
 """
 
 from typing import TypeVar, cast

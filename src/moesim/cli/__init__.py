@@ -1,10 +1,13 @@
 """The command line: one small file per command, loaded when it is called."""
 
 import importlib
+import os
 import sys
 from typing import NoReturn
 
 import click
+
+from moesim.cli.common import Commands
 
 COMMANDS = {
     "hardware": "List the machines that moesim knows, or show one.",
@@ -15,13 +18,13 @@ COMMANDS = {
 }
 
 
-class _Lazy(click.Group):
+class _Lazy(Commands):
     """Imports a command's module when the command is called: `moesim --help` stays instant."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def load(self, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"moesim.cli.{cmd_name}")
@@ -33,10 +36,17 @@ class _Lazy(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Lazy,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="moesim")
-def moesim() -> None:
+@click.pass_context
+def moesim(context: click.Context) -> None:
     """Say which expert-offloading policy is fastest on a machine, for a model, and why."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main() -> None:
@@ -47,10 +57,21 @@ def main() -> None:
         status = moesim(prog_name="moesim", standalone_mode=False)
     except MoesimError as error:
         fail(str(error), 2)
+    except click.NoSuchOption as error:
+        where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+        fail(error.format_message() + where, 2)
     except click.ClickException as error:
         fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader has seen enough, as `| head` does; the flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        fail(f"{error.filename or 'input or output'}: {error.strerror}", 2)
+    except MemoryError:
+        fail("the run needs more memory than there is; --batch and --prompt decide how much", 2)
     sys.exit(status if isinstance(status, int) else 0)
 
 

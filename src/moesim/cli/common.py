@@ -1,6 +1,8 @@
-"""What several commands share: settings, JSON, and sizes as people write them."""
+"""What several commands share: settings, JSON, output files, and sizes as people write them."""
 
+import math
 import re
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,6 +11,45 @@ UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
 }  # fmt: skip
+
+
+class Commands(click.Group):
+    """A group that answers an unknown command with those there are."""
+
+    def load(self, cmd_name: str) -> click.Command | None:
+        """Return a command, None if there is none of that name."""
+        return self.commands.get(cmd_name)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        command = self.load(cmd_name)
+        if command is None:
+            names = ", ".join(self.list_commands(ctx))
+            ctx.fail(f"no command named {cmd_name!r}; there are: {names}")
+        return command
+
+
+class _Share(click.FloatRange):
+    """A number from 0 to 1, which FloatRange takes nan for, too."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        share = super().convert(value, param, ctx)
+        if math.isnan(share):
+            self.fail(f"{value} is not in the range 0<=x<=1.", param, ctx)
+        return share
+
+
+SHARE = _Share(0, 1)
+
+
+def check_output(path: Path) -> None:
+    """Raise InputError if a file cannot be written there, or would replace what is no file."""
+    from moesim.errors import InputError
+
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: there is no folder {folder}")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no regular file")
 
 
 def setting_pairs(settings: tuple[str, ...]) -> dict[str, str]:

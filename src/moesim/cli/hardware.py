@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moesim.cli.common import print_json, setting_pairs
+from moesim.cli.common import Commands, print_json, setting_pairs
 
 if TYPE_CHECKING:
     from moesim.model import ModelSpec
@@ -14,7 +14,7 @@ CROSSOVER_TOKENS = 65536
 """How far the crossover is looked for."""
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Commands, invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(context: click.Context, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moesim.cli.common import print_json, setting_pairs, size_bytes
+from moesim.cli.common import SHARE, check_output, print_json, setting_pairs, size_bytes
 
 if TYPE_CHECKING:
     from moesim.model import ModelSpec
@@ -38,9 +38,7 @@ RESERVE_BYTES = 1 << 30
     metavar="SIZE",
     help="GPU memory for experts, staging included, as 8GiB.  [default: what is left]",
 )
-@click.option(
-    "--cache-ratio", type=click.FloatRange(0, 1), help="The budget as a share of all experts."
-)
+@click.option("--cache-ratio", type=SHARE, help="The budget as a share of all experts.")
 @click.option(
     "--bits",
     type=click.Choice(["16", "8", "4"]),
@@ -78,7 +76,7 @@ RESERVE_BYTES = 1 << 30
 )
 @click.option(
     "--jitter",
-    type=click.FloatRange(0, 1),
+    type=SHARE,
     default=0.0,
     show_default=True,
     help="Stretch each operation at random by up to this share.",
@@ -143,9 +141,12 @@ def command(  # fmt: skip
     chosen = choose(policy)
     profile, notice = load_profile(hardware)
     profile = with_overrides(profile, setting_pairs(settings))
-    for path in (timeline, csv_path):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"{path}: there is no folder {path.absolute().parent}")
+    outputs = [path for path in (timeline, csv_path) if path is not None]
+    for path in outputs:
+        check_output(path)
+    taken = [path.resolve() for path in (*outputs, *filter(None, [trace]))]
+    if len(set(taken)) < len(taken):
+        raise InputError("TRACE, --timeline and --csv must be different files")
     routing = read_trace(trace or example_path())
     spec = model_of(model, routing)
     workload = cut(routing, batch, prompt, generate, start, repeat)
@@ -177,19 +178,30 @@ def command(  # fmt: skip
 def model_of(name: str | None, trace: "Trace") -> "ModelSpec":
     """Return the model asked for, else the one that the trace was recorded from."""
     from moesim.errors import InputError, ModelError
-    from moesim.model import load_model, spec_from_dict
+    from moesim.model import load_model, model_names, normalised, spec_from_dict
 
     if name is not None:
         return load_model(name)
     if "spec" in trace.meta:
-        return spec_from_dict(trace.meta["spec"])
+        try:
+            return spec_from_dict(trace.meta["spec"])
+        except ModelError as error:
+            raise InputError(f"the trace's meta.spec is {error}; use --model") from None
+    names = model_names()
     recorded = trace.meta.get("model")
     if not isinstance(recorded, str):
-        raise InputError("the trace does not say what model it is of; use --model")
-    try:
-        return load_model(recorded)
-    except ModelError as error:
-        raise InputError(f"the trace is of model {recorded!r}: {error}; use --model") from None
+        raise InputError(
+            f"the trace does not say what model it is of; use --model, there are: "
+            f"{', '.join(names)}, or the path of a config.json"
+        )
+    # Compared as a name only: what a trace says must not lead to a file or folder.
+    plain = normalised(recorded)
+    if plain not in names:
+        raise InputError(
+            f"the trace is of model {recorded!r}, which is unknown; use --model, there are: "
+            f"{', '.join(names)}, or the path of a config.json"
+        )
+    return load_model(plain)
 
 
 def budget_of(
@@ -247,16 +259,26 @@ def with_progress(work: Any) -> "Replayed":
 def write_csv(run: "Replayed", path: Path) -> None:
     """Write one row per step."""
     import csv
+    import io
 
     from moesim.sim.metrics import by_step
 
     rows = by_step(run)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
     unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")
     unfinished.replace(path)
+
+
+LINK_NAMES = {
+    "kv_in": "KV in",
+    "kv_out": "KV out",
+    "activations_out": "to CPU",
+    "activations_in": "from CPU",
+}
 
 
 def show(result: dict[str, Any], run: "Replayed") -> None:
@@ -267,72 +289,66 @@ def show(result: dict[str, Any], run: "Replayed") -> None:
 
     from moesim.sim.metrics import explain
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     about = result["run"]
-    experts = run.prepared.setting.layers * run.prepared.setting.experts
-    held = run.prepared.setting.slots
-    console.print(f"[bold]{result['policy']}[/] on {about['hardware']}")
+    count = result["sequences"]
+    tpot, p99 = result["tpot_ms"], result["itl_ms"]["p99"]
     console.print(
-        f"{about['model']}, experts in {about['bits']} bit, {about['budget_bytes'] / 2**30:.2f} GiB "
-        f"for {min(held, experts)} of {experts}; {result['sequences']} x "
-        f"{result['prompt_tokens'] // result['sequences']} prompt + "
-        f"{result['output_tokens'] // result['sequences']} generated tokens"
-    )
-    tpot = result["tpot_ms"]
-    p99 = result["itl_ms"]["p99"]
-    console.print(
-        f"\n[bold green]{result['tokens_per_s']:.2f} tokens/s[/]   TTFT "
-        f"[bold]{result['ttft_ms']:.1f} ms[/]   TPOT "
-        + (f"[bold]{tpot:.2f} ms[/] (p99 {p99:.2f})" if tpot else "- (nothing decoded)")
+        f"{result['tokens_per_s']:.2f} tokens/s{' in all' if count > 1 else ''}   TTFT {result['ttft_ms']:.1f} ms   TPOT "
+        + (f"{tpot:.2f} ms (p99 {p99:.2f} ms)" if tpot else "- (nothing decoded)"),
+        style="bold green",
     )
     console.print(f"{explain(result)}\n")
+    experts = run.prepared.setting.layers * run.prepared.setting.experts
+    console.print(
+        f"policy     {result['policy']}\n"
+        f"hardware   {about['hardware']}\n"
+        f"model      {about['model']}, experts in {about['bits']} bit\n"
+        f"budget     {about['budget_bytes'] / 2**30:.2f} GiB, room for "
+        f"{min(run.prepared.setting.slots, experts)} of {experts} experts\n"
+        f"workload   {count} sequence{'s' if count > 1 else ''}, {result['prompt_tokens']} prompt + "
+        f"{result['output_tokens']} generated tokens\n",
+        soft_wrap=True,
+    )
 
-    def table(title: str, rows: dict[str, int], unit: float, total: int, form: str) -> Table:
-        grid = Table(title=title, box=None, header_style="dim", title_justify="left")
-        for heading, justify in (("", "left"), (form.partition(" ")[2], "right"), ("%", "right")):
-            grid.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        for name, amount in rows.items():
+    def table(title: str, amounts: dict[str, int], unit: float, name: str, digits: int) -> Table:
+        total = sum(amounts.values())
+        grid = Table(
+            title=f"{title} {total / unit:.{digits}f}", title_justify="left",
+            box=None, header_style="dim", pad_edge=False,
+        )  # fmt: skip
+        grid.add_column("", no_wrap=True)
+        grid.add_column(name, justify="right", no_wrap=True)
+        grid.add_column("%", justify="right", no_wrap=True)
+        for key, amount in amounts.items():
             if amount:
-                number = form.partition(" ")[0] % (amount / unit)
-                grid.add_row(name.replace("_", " "), number, f"{amount / max(1, total):.1%}")
+                shown = LINK_NAMES.get(key, key.replace("_", " "))
+                grid.add_row(shown, f"{amount / unit:.{digits}f}", f"{100 * amount / total:.1f}")
         return grid
 
-    makespan = result["makespan_ns"]
-    outcomes = {k: v for k, v in result["activations"].items() if k != "total"}
-    moved = result["link_bytes"]
-    lanes = Table(title="Lanes busy", box=None, header_style="dim", title_justify="left")
-    lanes.add_column("")
-    lanes.add_column("%", justify="right")
-    for name, share in result["lanes"].items():
-        lanes.add_row(name, f"{share:.1%}")
-    console.print(
-        Columns(
-            [
-                table(
-                    f"Time {makespan / 1e6:.1f} ms", result["time_ns"], 1e6, makespan, "%.1f ms"
-                ),
-                table(
-                    f"Experts used {sum(outcomes.values())}", outcomes, 1, sum(outcomes.values()),
-                    "%d times",
-                ),
-                table("Link", moved, 1e6, sum(moved.values()), "%.1f MB"),
-                lanes,
-            ],
-            padding=(0, 3),
+    outcomes = {key: n for key, n in result["activations"].items() if key != "total"}
+    tables = [
+        table("Time", result["time_ns"], 1e6, "ms", 1),
+        table("Experts run", outcomes, 1, "times", 0),
+        table("Link", result["link_bytes"], 1e9, "GB", 2),
+    ]
+    console.print(Columns(tables, padding=(0, 3)))
+    lines = ["", "Busy: " + ", ".join(f"{k} {v:.1%}" for k, v in result["lanes"].items() if v)]
+    if result["hit_rate"] is not None:
+        lines.append(
+            f"Weights were there in time for {result['hit_rate']:.1%} of experts in decode"
         )
-    )  # fmt: skip
     prefetch = result["prefetch"]
-    hit_rate = result["hit_rate"]
-    console.print("Hit rate in decode:", "-" if hit_rate is None else f"{hit_rate:.1%}", end="")
     for name, recall in zip(prefetch["predictors"], prefetch["recall"], strict=True):
-        console.print(f"   predictor {name}, recall {recall or 0:.1%}", end="")
+        if recall is not None:
+            lines.append(f"Predictor {name} names {recall:.1%} of the experts that are needed")
     if prefetch["fetched"]:
-        console.print(
-            f"   prefetches used {prefetch['precision']:.1%} of {prefetch['fetched']}", end=""
-        )
+        lines.append(f"{prefetch['precision']:.1%} of {prefetch['fetched']} prefetches were used")
     sources = [f"{share:.0%} {name}" for name, share in result["provenance"].items() if share]
-    console.print(f"\nThe durations rest on: {', '.join(sources)} numbers")
+    lines.append(f"The durations rest on {', '.join(sources)} numbers")
+    console.print("\n".join(lines))
     console.print(
-        f"[dim]{about['layer_steps']} layer steps, {about['operations']} operations on machine "
-        f"{about['machine']} in {about['wall_s']:.2f} s[/]"
+        f"{about['layer_steps']} layer steps, {about['operations']} operations on machine "
+        f"{about['machine']} in {about['wall_s']:.2f} s",
+        style="dim",
     )

@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moesim.cli.common import SHARE, Commands, check_output
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 
-@click.group()
-def command() -> None:
+@click.group(cls=Commands, invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
     """Look into a routing trace, or make one."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @command.command()
@@ -48,7 +53,7 @@ def command() -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--recall",
-    type=click.FloatRange(0, 1),
+    type=SHARE,
     default=0.9,
     show_default=True,
     help="Share of a token's experts that the guess one layer ahead names, as many guessed.",
@@ -62,7 +67,7 @@ def command() -> None:
 )
 @click.option(
     "--residual-recall",
-    type=click.FloatRange(0, 1),
+    type=SHARE,
     help="Record residual1 too, with this recall.  [default: do not]",
 )
 @click.option(
@@ -73,6 +78,7 @@ def synth(output: Path, **parameters: Any) -> None:
     from moesim.traces.format import write_trace
     from moesim.traces.synthetic import synthesize
 
+    check_output(output)
     trace = synthesize(parameters.pop("preset"), **parameters)
     write_trace(trace, output)
     click.echo(f"{output}: {trace.tokens} tokens, {output.stat().st_size} bytes")

@@ -1,0 +1,204 @@
+"""Small runs with round numbers, each of them audited: what the tests of the simulator stand on."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moesim.audit import audit
+from moesim.costs import Costs
+from moesim.model import GroupedQuery, ModelSpec
+from moesim.policies.api import Placement, Setting
+from moesim.policies.registry import Chosen
+from moesim.profile import HardwareProfile, load_profile, with_overrides
+from moesim.run import prepare
+from moesim.sim.replay import Replayed, replay
+from moesim.traces.format import Trace
+from moesim.traces.workload import cut
+from moesim.types import DATASHEET, KINDS, LANE_OF_QUEUE, LANES, PHASES, IntArray
+
+EXPERT_BYTES = 1024
+TOKENS = 64
+
+
+def flat(ns: int, tokens: int = TOKENS) -> IntArray:
+    """Return a table in which any work takes the same time, and none takes none."""
+    return np.array([0] + [ns] * tokens)
+
+
+def make_costs(
+    layers: int = 1, *, attention: int = 0, gate: int = 0, gpu: int = 0, cpu: int = 0,
+    combine: int = 0, head: int = 0, shared: int = 0, copy_ns_per_kib: int = 0, latency: int = 0,
+    token_bytes: int = 0, kv_bytes: int = 0, dense_bytes: int = 0, tokens: int = TOKENS,
+) -> Costs:  # fmt: skip
+    """Return costs in round numbers: an expert has 1024 bytes at 16 bits, 512 at 8, and so on.
+
+    Copies take `latency` and `copy_ns_per_kib` for each 1024 bytes, in both directions and from
+    disk; with 0 they take the latency and 1 ns. Numbers that do not divide evenly are refused.
+    """
+    bytes_per_ms = 1024 * 1_000_000 // copy_ns_per_kib if copy_ns_per_kib else 1 << 50
+    assert copy_ns_per_kib == 0 or 1024 * 1_000_000 % copy_ns_per_kib == 0
+    experts = np.tile([EXPERT_BYTES >> precision for precision in range(4)], (layers, 1))
+    per_precision = [flat(gpu, tokens)] * 4
+    return Costs(
+        expert_gpu_ns=np.array(per_precision),
+        expert_cpu_ns=np.array([flat(cpu, tokens)] * 4),
+        attention_ns=flat(attention, tokens),
+        context_fp=np.zeros(len(PHASES), np.int64),
+        dense_ns=flat(0, tokens),
+        dense_before=np.zeros(layers, np.int64),
+        gate_ns=flat(gate, tokens),
+        shared_ns=flat(shared, tokens),
+        combine_ns=flat(combine, tokens),
+        head_ns=flat(head, tokens),
+        rate=np.array([[latency, bytes_per_ms]] * len(LANES)),
+        expert_bytes=experts,
+        attention_bytes=np.full(layers, dense_bytes),
+        kv_bytes=np.full(layers, kv_bytes),
+        token_bytes=token_bytes,
+        kind_source=np.full(len(KINDS), DATASHEET),
+        expert_gpu_source=np.full((4, tokens + 1), DATASHEET),
+        expert_cpu_source=np.full((4, tokens + 1), DATASHEET),
+    )
+
+
+def times(costs: Costs, k: int) -> Costs:
+    """Return costs in which everything takes k times as long, for rates that k divides."""
+    scaled = {
+        name: getattr(costs, name) * k for name in costs._fields if name.endswith(("_ns", "_fp"))
+    }
+    rate = costs.rate.copy()
+    rate[:, 0] *= k
+    assert (rate[:, 1] % k == 0).all()
+    rate[:, 1] //= k
+    return costs._replace(**scaled, rate=rate)
+
+
+def make_model(layers: int, experts: int, top_k: int) -> ModelSpec:
+    """Return the smallest model of a shape."""
+    return ModelSpec(
+        name="small",
+        model_type="mixtral",
+        hidden_layers=layers,
+        layer_ids=tuple(range(layers)),
+        experts=experts,
+        top_k=top_k,
+        hidden=8,
+        expert_width=8,
+        shared_width=0,
+        dense_width=0,
+        vocab=8,
+        attention=GroupedQuery(heads=1, kv_heads=1, head_dim=8),
+    )
+
+
+@cache
+def quiet_machine(*settings: str) -> HardwareProfile:
+    """Return a machine whose host costs nothing and whose lanes do not disturb each other."""
+    calm = {
+        "host.per_layer_ns": "0", "host.per_launch_ns": "0", "host.per_sync_ns": "0",
+        "host.decision_ns": "0", "interference": "[]", "link.chunk_bytes": "256",
+    }  # fmt: skip
+    given = dict(setting.split("=", 1) for setting in settings)
+    return with_overrides(load_profile("rtx3090-pcie4-ddr4")[0], calm | given)
+
+
+def make_trace(choices: Any, experts: int, prompts: Sequence[int] = (1,)) -> Trace:
+    """Return a trace of sequences, one after the other.
+
+    `choices` is (tokens, layers, top_k); `prompts` has one prompt length per sequence, and the
+    tokens are dealt out evenly.
+    """
+    ids = np.array(choices, np.uint16)
+    tokens = len(ids)
+    each = tokens // len(prompts)
+    sequence = np.repeat(np.arange(len(prompts)), each).astype(np.int32)
+    position = np.tile(np.arange(each), len(prompts)).astype(np.int32)
+    phase = (position >= np.repeat(prompts, each)).astype(np.uint8)
+    return Trace(
+        experts=ids,
+        layer_ids=np.arange(ids.shape[1], dtype=np.int32),
+        phase=phase,
+        sequence=sequence,
+        position=position,
+        meta={"model": "small", "num_experts": experts},
+    )
+
+
+def run(
+    policy: type | Chosen, choices: Any, costs: Costs, *, experts: int = 4, slots: int = 8,
+    prompts: Sequence[int] = (1,), machine: HardwareProfile | None = None, seed: int = 0,
+    jitter: int = 0, bits: int = 16, progress: Callable[[int, int], None] | None = None,
+) -> Replayed:  # fmt: skip
+    """Replay choices through a policy and audit the log."""
+    trace = make_trace(choices, experts, prompts)
+    chosen = policy if isinstance(policy, Chosen) else Chosen(policy.__name__.lower(), policy, {})
+    prepared = prepare(
+        trace,
+        cut(trace, batch=len(prompts)),
+        make_model(trace.layers, experts, trace.top_k),
+        machine or quiet_machine(),
+        chosen,
+        budget_bytes=slots * EXPERT_BYTES,
+        bits=bits,
+        seed=seed,
+        costs=costs,
+    )
+    done = replay(prepared, seed=seed, jitter=jitter, record=True, progress=progress)
+    assert done.log is not None
+    audit(done.log)
+    return done
+
+
+def placement(
+    setting: Setting, cached: Sequence[tuple[int, int]] = (), *, parts: IntArray | None = None,
+    slots: int | None = None, staging: int = 2, **options: Any,
+) -> Placement:  # fmt: skip
+    """Return a placement with whole (layer, expert) pairs or parts cached, and slots per layer."""
+    if parts is None:
+        parts = np.zeros((setting.layers, setting.experts), np.int64)
+        for layer, expert in cached:
+            parts[layer, expert] = 1024
+    fitting = (parts > 0).sum(axis=1) if slots is None else np.full(setting.layers, slots)
+    filled: dict[str, Any] = {
+        "cached": parts,
+        "cache_slots": fitting,
+        "cache_slot_bytes": np.full(setting.layers, setting.expert_bytes),
+        "pool_of_layer": np.arange(setting.layers),
+        "staging_slots": staging,
+    }
+    return Placement(**(filled | options))
+
+
+class Span(NamedTuple):
+    """One stretch of work, by names."""
+
+    lane: str
+    kind: str
+    layer: int
+    expert: int
+    start_ns: int
+    end_ns: int
+
+
+def spans(done: Replayed, *kinds: str) -> list[Span]:
+    """Return what the lanes did, in order of its beginning, of the named kinds or all."""
+    log = done.log
+    assert log is not None
+    found = []
+    for ticket, start, end, _ in log.segments.tolist():
+        if ticket:
+            op = log.operations[ticket - 1]
+            lane = LANES[LANE_OF_QUEUE[op["queue"]]]
+            kind = KINDS[op["kind"]]
+            if not kinds or kind in kinds:
+                found.append(
+                    Span(lane, kind, int(op["layer"]), int(op["expert"]), int(start), int(end))
+                )
+    return sorted(found, key=lambda span: (span.start_ns, span.end_ns, span.lane))
+
+
+def makespan_ns(done: Replayed) -> int:
+    """Return the end of the last token."""
+    return done.heads[-1].now_ns
