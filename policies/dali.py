@@ -278,9 +278,8 @@ def swap(view: View, plan: Plan, window: Window, size: int, guarded: int, litera
         if size == 0 or at == len(worst):
             return
         victim = worst[at]
-        if guarded and score[expert] <= score[victim]:
-            return
-        evict(plan, layer, victim)
-        fetch(plan, layer, expert, into=CACHE)
+        if not guarded or score[expert] > score[victim]:
+            evict(plan, layer, victim)
+            fetch(plan, layer, expert, into=CACHE)
         at += 1
         size -= 1

@@ -1,10 +1,10 @@
 """What a run is measured by: every number that moesim reports is defined here.
 
 TTFT: the end of the step that forwards the prompts. ITL: every gap between two tokens of one
-sequence; TPOT: (last - first token) / (tokens - 1) of a sequence. An activation is one (layer step,
-expert) with at least one token, and has exactly one outcome (`types.OUTCOMES`). `hit_rate` is
-(resident + arrived) / all, by expert, in decode. The makespan ends with the last token; copies still
-under way then are reported as drained.
+sequence; TPOT: (last - first token) / (tokens - 1) of a sequence. An activation is one (layer
+step, expert) with at least one token, and has exactly one outcome (`types.OUTCOMES`). `hit_rate`
+is (resident + arrived) / all, by expert, in decode. The makespan ends with the last token; copies
+still under way then are reported as drained.
 """
 
 from typing import Any
@@ -40,6 +40,13 @@ from moesim.types import (
 
 TIMES = (*KINDS[: MOVE + 1], *(f"wait_{what}" for what in WAITS))
 """Keys of `time_ns`: what the GPU does, and what it waits for when it does nothing."""
+
+WAITS_IN_WORDS = {
+    "wait_host": "the host program",
+    "wait_kv": "keys and values on the link",
+    "wait_dense": "weights outside the experts on the link",
+    "wait_disk": "the disk",
+}
 
 
 def summarize(run: Replayed) -> dict[str, Any]:
@@ -177,25 +184,24 @@ def identity(run: Replayed) -> dict[str, Any]:
 def explain(result: dict[str, Any]) -> str:
     """Return one line that says where most of the time went, and what that points to."""
     time_ns = result["time_ns"]
-    total = result["makespan_ns"]
     what, ns = max(time_ns.items(), key=lambda item: item[1])
-    line = f"{ns / total:.0%} of the time"
+    line = f"{ns / result['makespan_ns']:.0%} of the time the GPU "
+    lanes = {name: f"{share:.0%} busy" for name, share in result["lanes"].items()}
+    copied = {cause: result["link_bytes"][cause] for cause in CAUSES[1:]}
+    causes = ", ".join(f"{share:.0%} {name}" for name, share in shares(copied).items() if share)
     if what == "wait_weights":
-        bytes_in = {cause: result["link_bytes"][cause] for cause in CAUSES[1:]}
-        of = ", ".join(f"{share:.0%} {cause}" for cause, share in shares(bytes_in).items() if share)
-        line += (
-            f" the GPU waits for weights on the link, which is {result['lanes']['h2d']:.0%} busy"
-        )
-        line += f" ({of})"
-        wasted = result["prefetch"]["wasted_bytes"] / max(1, sum(bytes_in.values()))
+        line += f"waits for weights on the link, which is {lanes['h2d']} ({causes})"
+        wasted = result["prefetch"]["wasted_bytes"] / max(1, sum(copied.values()))
         if wasted > 0.1:
             line += f"; {wasted:.0%} of what is copied is never used"
     elif what == "wait_cpu":
-        line += f" the GPU waits for experts on the CPU, which is {result['lanes']['cpu']:.0%} busy"
-    elif what.startswith("wait_"):
-        line += f" the GPU waits for {what.removeprefix('wait_')}"
+        line += f"waits for results of the CPU, which is {lanes['cpu']}"
+        if causes and result["lanes"]["h2d"] > result["lanes"]["cpu"]:
+            line += f"; they return over the link, which is {lanes['h2d']} with weights ({causes})"
+    elif what in WAITS_IN_WORDS:
+        line += f"waits for {WAITS_IN_WORDS[what]}"
     else:
-        line += f" the GPU computes ({what}): little is left for a policy to gain"
+        line += f"computes ({what}): little is left for a policy to gain"
     return line
 
 

@@ -201,9 +201,9 @@ class SimpyMachine:
         op.amount = amount
         op.cause = cause
         op.source = source_of(self.costs, kind, amount, precision)
-        op.work = op.left = ns * FULL_SPEED
         if self.jitter:
-            op.work = op.left = ns * (FULL_SPEED + draw(self.seed, ticket) % (self.jitter + 1))
+            ns += ns * (draw(self.seed, ticket) % (self.jitter + 1)) // FULL_SPEED
+        op.work = op.left = ns * FULL_SPEED
         op.chunks = 1
         if queue == H2D_BACKGROUND and self.chunk_bytes > 0:
             op.chunks = max(1, -(-amount // self.chunk_bytes))
@@ -218,7 +218,7 @@ class SimpyMachine:
         self.open[ticket] = op
         if self.record:
             self.operations[ticket] = [
-                ticket, amount, context, op.work // FULL_SPEED, self.env.now, -1, -1,
+                ticket, amount, context, ns, self.env.now, -1, -1,
                 (after0, after1, after2), self.step, slot, layer, expert, batch, part, queue, kind,
                 precision, cause,
             ]  # fmt: skip

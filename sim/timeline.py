@@ -25,11 +25,14 @@ DEVICE, HOST = 0, 1
 THREADS = {GPU: (DEVICE, 7), H2D: (DEVICE, 20), D2H: (DEVICE, 21), DISK: (HOST, 3)}
 CPU_THREAD = (HOST, 2)
 HOST_THREAD = (HOST, 1)
+PAUSE_THREAD = (HOST, 4)
+"""A pause may reach over the end of a step, so that it cannot share a thread with the spans."""
 NAMES = {
     (DEVICE, 7): "stream 7 (gpu)",
     (DEVICE, 20): "stream 20 (h2d)",
     (DEVICE, 21): "stream 21 (d2h)",
-    HOST_THREAD: "host",
+    HOST_THREAD: "steps and layers",
+    PAUSE_THREAD: "host program",
     CPU_THREAD: "cpu experts",
     (HOST, 3): "disk",
 }
@@ -80,9 +83,10 @@ def operations(log: Log) -> list[dict[str, Any]]:
     """Return an event for each stretch in which a lane worked on an operation."""
     events = []
     rows = log.operations
-    for ticket, start, end, _ in log.segments.tolist():
+    moved = bytes_of(log)
+    for row, (ticket, start, end, _) in enumerate(log.segments.tolist()):
         if ticket == 0:
-            events.append(complete("cpu_op", "moesim::pause", HOST_THREAD, start, end, {}))
+            events.append(complete("cpu_op", "moesim::pause", PAUSE_THREAD, start, end, {}))
             continue
         op = rows[ticket - 1]
         lane = LANE_OF_QUEUE[op["queue"]]
@@ -93,15 +97,37 @@ def operations(log: Log) -> list[dict[str, Any]]:
         if thread[0] == DEVICE:
             args |= {"device": DEVICE, "stream": thread[1], "correlation": ticket}
         if lane in COPIES:
-            args |= {"bytes": int(op["amount"]), "cause": CAUSES[op["cause"]] or kind}
+            args |= {"bytes": moved[row], "cause": CAUSES[op["cause"]] or kind}
             events.append(complete("gpu_memcpy", COPIES[lane], thread, start, end, args))
         elif lane == GPU:
             args["tokens"] = int(op["amount"])
             events.append(complete("kernel", f"moesim::{kind}", thread, start, end, args))
         else:
-            args["bytes" if lane == DISK else "tokens"] = int(op["amount"])
+            args |= {"bytes": moved[row]} if lane == DISK else {"tokens": int(op["amount"])}
             events.append(complete("cpu_op", f"moesim::{kind}", thread, start, end, args))
     return events
+
+
+def bytes_of(log: Log) -> list[int]:
+    """Return the bytes of each segment: a preempted copy's are split by time, and sum exactly."""
+    amounts = log.operations["amount"].tolist()
+    spent = [0] * (len(amounts) + 1)
+    for ticket, start, end, _ in log.segments.tolist():
+        spent[ticket] += end - start
+    run = [0] * len(spent)
+    given = [0] * len(spent)
+    moved = []
+    for ticket, start, end, done in log.segments.tolist():
+        run[ticket] += end - start
+        if ticket == 0:
+            part = 0
+        elif done:
+            part = amounts[ticket - 1] - given[ticket]
+        else:
+            part = amounts[ticket - 1] * run[ticket] // spent[ticket] - given[ticket]
+        given[ticket] += part
+        moved.append(part)
+    return moved
 
 
 def spans(run: Replayed, log: Log) -> list[dict[str, Any]]:

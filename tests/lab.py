@@ -8,6 +8,7 @@ import numpy as np
 
 from moesim.audit import audit
 from moesim.costs import Costs
+from moesim.log import Log
 from moesim.model import GroupedQuery, ModelSpec
 from moesim.policies.api import Placement, Setting
 from moesim.policies.registry import Chosen
@@ -202,3 +203,8 @@ def spans(done: Replayed, *kinds: str) -> list[Span]:
 def makespan_ns(done: Replayed) -> int:
     """Return the end of the last token."""
     return done.heads[-1].now_ns
+
+
+def lane_of(log: Log, ticket: int) -> int:
+    """Return the lane that works on an operation."""
+    return LANE_OF_QUEUE[log.operations[ticket - 1]["queue"]]

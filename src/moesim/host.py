@@ -348,7 +348,7 @@ def judge(machine: Machine, host: Host, layer: int) -> None:
         cached = res.cached[layer, expert]
         staged = res.staged[layer, expert]
         outcome = FETCHED
-        if WHOLE in (cached, staged, cached + staged):
+        if cached + staged >= WHOLE:
             outcome = RESIDENT
             if cached < WHOLE or res.cached_cause[layer, expert] == PREFETCH:
                 outcome = ARRIVED

@@ -59,7 +59,7 @@ def main() -> None:
         fail(str(error), 2)
     except click.NoSuchOption as error:
         where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
-        fail(error.format_message() + where, 2)
+        fail(error.format_message().removesuffix(".") + where, 2)
     except click.ClickException as error:
         fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):

@@ -21,6 +21,7 @@ class Commands(click.Group):
         return self.commands.get(cmd_name)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command; for an unknown one, fail with a usage error that lists them."""
         command = self.load(cmd_name)
         if command is None:
             names = ", ".join(self.list_commands(ctx))

@@ -101,7 +101,7 @@ RESERVE_BYTES = 1 << 30
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write one row per step.",
 )
-def command(  # fmt: skip
+def command(
     trace: Path | None,
     policy: str,
     model: str | None,
@@ -186,7 +186,7 @@ def model_of(name: str | None, trace: "Trace") -> "ModelSpec":
         try:
             return spec_from_dict(trace.meta["spec"])
         except ModelError as error:
-            raise InputError(f"the trace's meta.spec is {error}; use --model") from None
+            raise InputError(f"the trace's meta.spec: {error}; use --model") from None
     names = model_names()
     recorded = trace.meta.get("model")
     if not isinstance(recorded, str):
@@ -236,7 +236,8 @@ def budget_of(
     left = min(left, experts * one * 3 // 2)
     share = min(1.0, left / (experts * one))
     return left, (
-        f"budget {left / 2**30:.2f} GiB, {share:.0%} of all experts: what {profile.gpu.name} has left"
+        f"budget {left / 2**30:.2f} GiB, {share:.0%} of all experts: what {profile.gpu.name} has "
+        "left"
     )
 
 
@@ -293,9 +294,10 @@ def show(result: dict[str, Any], run: "Replayed") -> None:
     about = result["run"]
     count = result["sequences"]
     tpot, p99 = result["tpot_ms"], result["itl_ms"]["p99"]
+    later = f"{tpot:.2f} ms (p99 {p99:.2f} ms)" if tpot else "- (nothing decoded)"
     console.print(
-        f"{result['tokens_per_s']:.2f} tokens/s{' in all' if count > 1 else ''}   TTFT {result['ttft_ms']:.1f} ms   TPOT "
-        + (f"{tpot:.2f} ms (p99 {p99:.2f} ms)" if tpot else "- (nothing decoded)"),
+        f"{result['tokens_per_s']:.2f} tokens/s{' in all' if count > 1 else ''}   "
+        f"TTFT {result['ttft_ms']:.1f} ms   TPOT {later}",
         style="bold green",
     )
     console.print(f"{explain(result)}\n")
@@ -306,15 +308,15 @@ def show(result: dict[str, Any], run: "Replayed") -> None:
         f"model      {about['model']}, experts in {about['bits']} bit\n"
         f"budget     {about['budget_bytes'] / 2**30:.2f} GiB, room for "
         f"{min(run.prepared.setting.slots, experts)} of {experts} experts\n"
-        f"workload   {count} sequence{'s' if count > 1 else ''}, {result['prompt_tokens']} prompt + "
-        f"{result['output_tokens']} generated tokens\n",
+        f"workload   {count} sequence{'s' if count > 1 else ''}, "
+        f"{result['prompt_tokens']} prompt + {result['output_tokens']} generated tokens\n",
         soft_wrap=True,
     )
 
     def table(title: str, amounts: dict[str, int], unit: float, name: str, digits: int) -> Table:
         total = sum(amounts.values())
         grid = Table(
-            title=f"{title} {total / unit:.{digits}f}", title_justify="left",
+            title=f"{title} {total / unit:.{digits}f} {name}", title_justify="left",
             box=None, header_style="dim", pad_edge=False,
         )  # fmt: skip
         grid.add_column("", no_wrap=True)

@@ -1,0 +1,170 @@
+"""Laws that hold for every trace, model, budget, policy and interference matrix.
+
+Each run is audited (`lab.run`), which covers what a log can show: every routed token is computed
+once, nothing runs before its weights arrived or after they left, the budget, the lanes, the queues.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lab
+from moesim.policies.registry import choose
+from moesim.residency import Residency
+from moesim.sim.metrics import by_step, link_bytes, summarize
+from moesim.sim.replay import Replayed
+from moesim.types import LANES, NONE, WHOLE
+from wild import Case, Wild, cases
+
+POLICIES: list[Any] = [
+    Wild,
+    "lru",
+    "static",
+    "static:by=expert",
+    "dali",
+    "dali:cache=lru,prefetch_size=2",
+    "dali:assign=exact,swap=guarded,link=priority,w_size=1",
+    "dali:predictor=noisy-oracle,prefetch_size=3,w_size=2,u_size=2,link=priority",
+]
+
+
+def replay(case: Case, policy: Any, **changes: Any) -> Replayed:
+    done: Replayed = case.run(choose(policy) if isinstance(policy, str) else policy, **changes)
+    return done
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@given(case=cases())
+@settings(max_examples=60)
+def test_what_is_reported_adds_up(policy: Any, case: Case) -> None:
+    done = replay(case, policy)
+    log = done.log
+    assert log is not None
+    result = summarize(done)
+    makespan = result["makespan_ns"]
+
+    assert sum(result["time_ns"].values()) == makespan
+    assert all(ns >= 0 for ns in result["time_ns"].values())
+    activations = int((log.loads.sum(axis=2) > 0).sum())
+    assert result["activations"]["total"] == activations
+    assert sum(result["activations_by_token"].values()) == int(log.loads.sum())
+    assert all(0 <= share <= 1 for share in result["lanes"].values())
+    assert sum(row["duration_ns"] for row in by_step(done)) == makespan
+    in_all = sum(link_bytes(done.drained).values())
+    assert in_all == sum(result["link_bytes"].values()) + result["drained_bytes"]
+    check_tables(done.prepared.host.res)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@given(case=cases(calm=True))
+@settings(max_examples=30)
+def test_the_makespan_lies_between_its_bounds(policy: Any, case: Case) -> None:
+    """At least the work of any lane before it; at most all work and pauses one after another."""
+    machine = lab.quiet_machine("host.per_launch_ns=3", "host.per_sync_ns=5")
+    done = replay(case, policy, machine=machine)
+    log = done.log
+    assert log is not None
+    makespan = lab.makespan_ns(done)
+    ran = log.operations[log.operations["cancel_ns"] < 0]
+
+    work = int(ran["duration_ns"].sum()) + done.paused_ns + done.preemptions
+    assert max(done.heads[-1].busy_ns) <= makespan <= work
+    for lane in range(len(LANES)):
+        in_time = sum(
+            min(int(end), makespan) - int(start)
+            for ticket, start, end, _ in log.segments
+            if ticket and start < makespan and lab.lane_of(log, int(ticket)) == lane
+        )
+        assert in_time == done.heads[-1].busy_ns[lane]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@given(case=cases(calm=True), k=st.sampled_from((2, 4, 5)))
+@settings(max_examples=25)
+def test_k_times_the_costs_is_k_times_the_makespan(policy: Any, case: Case, k: int) -> None:
+    once = lab.makespan_ns(replay(case, policy))
+    slow = lab.makespan_ns(replay(case, policy, costs=lab.times(case.costs, k)))
+    assert slow == k * once
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@given(case=cases())
+@settings(max_examples=10)
+def test_the_same_inputs_give_the_same_bytes(policy: Any, case: Case) -> None:
+    def text() -> str:
+        result = summarize(replay(case, policy))
+        del result["run"]["wall_s"]
+        return json.dumps(result)
+
+    assert text() == text()
+
+
+@given(case=cases(), cut=st.integers(1, 3))
+@settings(max_examples=30)
+def test_reading_progress_changes_nothing(case: Case, cut: int) -> None:
+    """The host keeps its state in arrays: a run cut into ranges of steps is the same run."""
+    import moesim.sim.replay as module
+
+    whole = case.run(Wild)
+    before = module.RANGE
+    try:
+        module.RANGE = cut
+        pieces = case.run(Wild)
+    finally:
+        module.RANGE = before
+    assert (whole.log.operations == pieces.log.operations).all()
+    assert (whole.log.segments == pieces.log.segments).all()
+
+
+@given(case=cases())
+@settings(max_examples=30)
+def test_jitter_stretches_and_repeats(case: Case) -> None:
+    """Each operation takes between once and (1 + jitter) times its time, the same every time."""
+    calm, shaken, again = (case.run(Wild, jitter=jitter) for jitter in (0, 512, 512))
+    assert (shaken.log.segments == again.log.segments).all()
+    if len(calm.log.operations) == len(shaken.log.operations):
+        same = calm.log.operations["kind"] == shaken.log.operations["kind"]
+        short = calm.log.operations["duration_ns"][same]
+        long = shaken.log.operations["duration_ns"][same]
+        moved = calm.log.operations["amount"][same] == shaken.log.operations["amount"][same]
+        assert (short[moved] <= long[moved]).all()
+        assert (long[moved] <= short[moved] * 1.5).all()
+
+
+def test_a_copy_of_no_time_costs_what_full_residency_costs() -> None:
+    """With free copies, loading on demand is as fast as having everything there."""
+    rng = np.random.default_rng(1)
+    choices = np.array([[rng.permutation(4)[:2] for _ in range(2)] for _ in range(6)])
+    costs = lab.make_costs(2, attention=50, gate=10, gpu=40, combine=5, head=7)
+    costs = costs._replace(rate=np.array([[0, 1 << 62]] * 5))
+    loaded = lab.run(
+        choose("lru"), choices, costs._replace(expert_bytes=costs.expert_bytes), slots=3
+    )
+    resident = lab.run(choose("static"), choices, costs, slots=8)
+    assert lab.makespan_ns(loaded) - lab.makespan_ns(resident) in range(13)  # 1 ns per copy at most
+
+
+def check_tables(res: Residency) -> None:
+    """Every slot is in exactly one place, and the tables tell the same story from both ends."""
+    slots = len(res.slot_bytes)
+    pools = len(res.free_first) - 1
+    places: list[int] = []
+    for pool in range(pools + 1):
+        slot, count = int(res.free_first[pool]), int(res.free_count[pool])
+        for _ in range(count):
+            places.append(slot)
+            assert res.slot_layer[slot] == NONE
+            slot = int(res.slot_next[slot])
+    for table, slot_table in ((res.cached, res.cached_slot), (res.staged, res.staged_slot)):
+        for layer, expert in np.argwhere(table > 0).tolist():
+            slot = int(slot_table[layer, expert])
+            assert (res.slot_layer[slot], res.slot_expert[slot]) == (layer, expert)
+            places.append(slot)
+    assert sorted(places) == list(range(slots))
+    assert (res.cached <= WHOLE).all()
+    assert (res.staged <= WHOLE).all()
+    assert set(res.staging.tolist()).isdisjoint(res.cached_slot[res.cached > 0].tolist())
