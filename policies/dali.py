@@ -110,7 +110,7 @@ class Dali(NamedTuple):
                 resident[layer, random.permutation(setting.experts)[: capacity[layer]]] = WHOLE
         return cls(
             prefetch_size=prefetch_size,
-            w_size=w_size,
+            w_size=w_size or 4,
             u_size=u_size or (1 if coarse else 8),
             assign=ASSIGN.index(assign),
             cache=CACHES.index(cache),

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import typing
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -85,10 +85,21 @@ def load_class(name: str) -> type:
         return check(name, load_file(Path(name)))
     for point in entry_points(group=GROUP):
         if point.name == name:
-            return check(name, point.load())
+            return check(name, load_point(point))
     raise InputError(
         f"no policy named '{name}'; there are: {', '.join(names())}, or the path of a .py file"
     )
+
+
+def load_point(point: EntryPoint) -> type:
+    """Return the class that an installed package offers."""
+    try:
+        cls: type = point.load()
+    except Exception as error:
+        raise InputError(
+            f"policy '{point.name}' of {point.value}: {type(error).__name__}: {error}"
+        ) from error
+    return cls
 
 
 def load_file(path: Path) -> type:
@@ -99,7 +110,7 @@ def load_file(path: Path) -> type:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"policy '{path}': {type(error).__name__}: {error}") from error
     found = [
         value

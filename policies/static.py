@@ -90,23 +90,28 @@ def read_list(file: str, by: str, shape: tuple[int, int]) -> list[tuple[int, int
         raise InputError(f"policy static: order=list needs file=FILE, a JSON list {form}")
     try:
         entries = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"policy static: cannot read file={file}: {error}") from None
+    if not isinstance(entries, list):
+        raise InputError(f"policy static: {file} is {entries!r:.60}; legal is {form}")
     layers, experts = shape
     pairs: list[tuple[int, int]] = []
-    for entry in entries if isinstance(entries, list) else [entries]:
+    for entry in entries:
         match entry:
-            case int() if by == "layer" and 0 <= entry < layers:
-                pairs += [(entry, expert) for expert in range(experts)]
-            case [int() as layer, int() as expert] if (
-                by == "expert" and 0 <= layer < layers and 0 <= expert < experts
-            ):
-                pairs.append((layer, expert))
+            case bool() | [_, bool()] | [bool(), _]:  # an int to Python
+                legal = False
+            case int():
+                legal = by == "layer" and 0 <= entry < layers
+            case [int() as layer, int() as expert]:
+                legal = by == "expert" and 0 <= layer < layers and 0 <= expert < experts
             case _:
-                raise InputError(
-                    f"policy static: {file} has {entry!r}; legal is {form} with layers "
-                    f"0..{layers - 1} and experts 0..{experts - 1}"
-                )
+                legal = False
+        if not legal:
+            raise InputError(
+                f"policy static: {file} has {entry!r:.60}; legal is {form} with layers "
+                f"0..{layers - 1} and experts 0..{experts - 1}"
+            )
+        pairs += [(entry, e) for e in range(experts)] if by == "layer" else [tuple(entry)]
     if len(set(pairs)) < len(pairs):
         raise InputError(f"policy static: {file} names an expert twice")
     return pairs

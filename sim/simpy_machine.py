@@ -31,6 +31,7 @@ from moesim.types import (
     LANES,
     MOVE,
     QUEUES,
+    RETURN,
     SOURCES,
     FloatArray,
     IntArray,
@@ -76,26 +77,10 @@ class Operation:
     """One submitted operation, while it is open."""
 
     __slots__ = (
-        "amount",
-        "batch",
-        "blockers",
-        "cause",
-        "chunks",
-        "context",
-        "dependents",
-        "expert",
-        "held_up_by",
-        "kind",
-        "layer",
-        "left",
-        "part",
-        "precision",
-        "queue",
-        "slot",
-        "source",
-        "ticket",
-        "work",
+        "amount", "blockers", "cause", "chunks", "dependents", "expert", "held_up_by", "kind",
+        "layer", "left", "queue", "ready_ns", "slot", "source", "start_ns", "ticket", "work",
     )  # fmt: skip
+    # fmt: skip
 
     ticket: int
     queue: int
@@ -113,8 +98,11 @@ class Operation:
     """Into how many equal stretches a copy may be cut."""
     blockers: int
     """Operations that it still waits for."""
-    held_up_by: int
-    """Kind of the operation that it waited for and that ended last."""
+    held_up_by: "Operation | None"
+    """The operation that it waited for and that ended last."""
+    ready_ns: int
+    """When it waited for nothing any more, and when it began."""
+    start_ns: int
     dependents: "list[Operation]"
 
 
@@ -208,7 +196,8 @@ class SimpyMachine:
         if queue == H2D_BACKGROUND and self.chunk_bytes > 0:
             op.chunks = max(1, -(-amount // self.chunk_bytes))
         op.blockers = 0
-        op.held_up_by = kind
+        op.held_up_by = None
+        op.ready_ns = self.env.now
         op.dependents = []
         for after in (after0, after1, after2):
             blocker = self.open.get(after)
@@ -345,7 +334,8 @@ class SimpyMachine:
         now = self.env.now
         self.queues[op.queue].popleft()
         if lane == GPU:
-            self.charge(wait_of(op.held_up_by))
+            self.charge_wait(op.held_up_by)
+        op.start_ns = now
         self.running[lane] = op
         self.started[lane] = self.since[lane] = now
         self.busy_set |= 1 << lane
@@ -434,10 +424,12 @@ class SimpyMachine:
     def complete(self, lane: int, op: Operation) -> None:
         """Finish an operation and release what waits for it."""
         op.left = 0
+        now = self.env.now
         del self.open[op.ticket]
         for dependent in op.dependents:
             dependent.blockers -= 1
-            dependent.held_up_by = op.kind
+            dependent.held_up_by = op
+            dependent.ready_ns = now
         self.source_ns[op.source] += op.work // FULL_SPEED
         if lane == GPU:
             self.charge(op.kind)
@@ -449,12 +441,26 @@ class SimpyMachine:
 
     # What it adds up to.
 
-    def charge(self, what: int) -> None:
+    def charge(self, what: int, until: int = -1) -> None:
         """Account for the time of the GPU lane since it was last accounted for."""
-        now = self.env.now
+        now = self.env.now if until < 0 else until
         if now > self.charged:
             self.time_ns[what] += now - self.charged
             self.charged = now
+
+    def charge_wait(self, blocker: Operation | None) -> None:
+        """Account for the time in which the GPU waited for an operation, which has just ended.
+
+        Results of the CPU may be ready and queue for the link behind copies of weights: that is
+        waiting for weights.
+        """
+        if blocker is None:
+            self.charge(WAIT_HOST)
+            return
+        if blocker.kind == RETURN:
+            self.charge(WAIT_CPU, blocker.ready_ns)
+            self.charge(WAIT_WEIGHTS, blocker.start_ns)
+        self.charge(wait_of(blocker.kind))
 
     def totals(self) -> Totals:
         """Return the sums so far."""
@@ -496,9 +502,11 @@ def border_left(op: Operation) -> int:
 
     A copy of n chunks may be cut at equal n-ths of its work, once it has done some of it.
     """
-    chunk = -(-op.work // op.chunks)
+    if op.work == 0:
+        return 0
     progress = op.work - op.left
-    return max(0, op.work - chunk * max(1, -(-progress // chunk)))
+    border = max(1, -(-progress * op.chunks // op.work))
+    return op.work - -(-border * op.work // op.chunks)
 
 
 def draw(seed: int, ticket: int) -> int:

@@ -26,7 +26,7 @@ THREADS = {GPU: (DEVICE, 7), H2D: (DEVICE, 20), D2H: (DEVICE, 21), DISK: (HOST, 
 CPU_THREAD = (HOST, 2)
 HOST_THREAD = (HOST, 1)
 PAUSE_THREAD = (HOST, 4)
-"""A pause may reach over the end of a step, so that it cannot share a thread with the spans."""
+"""A pause may reach over the end of a layer, so it cannot share a thread with the spans."""
 NAMES = {
     (DEVICE, 7): "stream 7 (gpu)",
     (DEVICE, 20): "stream 20 (h2d)",

@@ -75,7 +75,7 @@ class Wild(NamedTuple):
         around(self, view, plan, gate=True)
 
     def before_gate(self, view: View, plan: Plan) -> None:
-        around(self, view, plan, gate=True)
+        around(self, view, plan)
 
     def routed(self, view: View, plan: Plan) -> None:
         around(self, view, plan, busy=True)

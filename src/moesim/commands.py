@@ -8,6 +8,7 @@ from moesim.policies.api import (
     AFTER_LAYER,
     BEFORE_ATTENTION,
     BEFORE_GATE,
+    BOTH,
     CACHE,
     CANCEL,
     DISPATCH,
@@ -215,7 +216,7 @@ def run_on_gpu(machine: Machine, host: Host, hook: int, layer: int, expert: int,
         return rule
     res = host.res
     cached = res.cached[layer, expert]
-    if cached < WHOLE and res.staged[layer, expert] == WHOLE:
+    if piece == BOTH and cached < WHOLE and res.staged[layer, expert] == WHOLE:
         cached = 0
     if host.ran[expert] == 0 and (
         (piece == FIRST and cached == 0) or (piece == REST and cached > 0)
@@ -451,14 +452,10 @@ def gate_after(host: Host, hook: int, layer: int, expert: int) -> int:
     """Let this layer's gates wait for an expert on its way."""
     if hook not in (BEFORE_ATTENTION, BEFORE_GATE):
         return GATED
-    res = host.res
-    if res.staged[layer, expert] == 0 and res.cached[layer, expert] == 0:
+    if host.res.staged[layer, expert] == 0 and host.res.cached[layer, expert] == 0:
         return TOO_MANY_GATES
-    ticket = res.cached_ticket[layer, expert]
-    if res.staged[layer, expert] > 0:
-        ticket = res.staged_ticket[layer, expert]
     for place in (GATE_AFTER_1, GATE_AFTER_2, GATE_AFTER_3):
-        if host.state[place] in (0, ticket):
-            host.state[place] = ticket
+        if host.state[place] in (0, expert + 1):
+            host.state[place] = expert + 1
             return OK
     return TOO_MANY_GATES

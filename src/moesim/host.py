@@ -304,13 +304,16 @@ def count_guessed(host: Host, p: int, sign: int) -> None:
 def pass_gates(machine: Machine, policy: Any, host: Host, step: int, layer: int) -> int:
     """Submit the gates, then wait for each batch's choice and tell the policy."""
     s = host.state
+    arrival1 = arrival(host, layer, s[GATE_AFTER_1] - 1)
+    arrival2 = arrival(host, layer, s[GATE_AFTER_2] - 1)
+    arrival3 = arrival(host, layer, s[GATE_AFTER_3] - 1)
     for batch in range(host.batches):
         tokens = host.first_token[batch + 1] - host.first_token[batch]
         host.gates[batch] = 0
         if tokens > 0:
             host.gates[batch] = launch(
                 machine, host.forecast, GPU, GATE, layer, batch, tokens, 0,
-                s[GATE_AFTER_1], s[GATE_AFTER_2], s[GATE_AFTER_3],
+                arrival1, arrival2, arrival3,
             )  # fmt: skip
     for batch in range(host.batches):
         if host.gates[batch] > 0:
@@ -320,6 +323,16 @@ def pass_gates(machine: Machine, policy: Any, host: Host, step: int, layer: int)
             if rule != OK:
                 return rule
     return OK
+
+
+def arrival(host: Host, layer: int, expert: int) -> int:
+    """Return the ticket of an expert's arrival; 0 for none, and for one given up meanwhile."""
+    ticket = 0
+    if expert != NONE and host.res.cached[layer, expert] > 0:
+        ticket = host.res.cached_ticket[layer, expert]
+    if expert != NONE and host.res.staged[layer, expert] > 0:
+        ticket = host.res.staged_ticket[layer, expert]
+    return ticket
 
 
 def take_routing(machine: Machine, host: Host, step: int, layer: int, batch: int) -> None:

@@ -57,7 +57,8 @@ class Residency(NamedTuple):
     slot_ticket: IntArray
     """The last operation that touches a slot; whatever fills it next waits for that."""
     slot_before: IntArray
-    """What `slot_ticket` was before the copy under way: what it is again if that is cancelled."""
+    """What `slot_ticket` was before the copy under way: what it is again if that is cancelled.
+    NONE where a MOVE fills the slot, which is not cancelled: its source waits for it."""
     slot_run: IntArray
     """1: the run of what is staged here has been submitted, the slot can be had."""
     slot_order: IntArray
@@ -156,7 +157,7 @@ def copy_in(
 
 def take_back(machine: Machine, res: Residency, slot: int, ticket: int) -> bool:
     """Cancel the copy into a slot if it has not started; the slot then waits as it did before."""
-    if done(machine, ticket) or not cancel(machine, ticket):
+    if res.slot_before[slot] == NONE or done(machine, ticket) or not cancel(machine, ticket):
         return False
     res.slot_ticket[slot] = res.slot_before[slot]
     return True
@@ -350,7 +351,7 @@ def move_in(
         part_bytes(forecast.costs, layer, precision, 0, part), 0, part, precision, slot,
         NO_CAUSE, res.slot_ticket[slot], res.staged_ticket[layer, expert], 0,
     )  # fmt: skip
-    res.slot_before[slot] = res.slot_ticket[slot]
+    res.slot_before[slot] = NONE
     res.slot_ticket[slot] = ticket
     res.slot_ticket[source] = ticket
     occupy(res, slot, layer, expert)

@@ -20,7 +20,7 @@ from moesim.types import NONE, FloatArray, IntArray
     SENT,  # SEND of this layer
     COMPUTED,  # the last EXPERT_CPU of this layer, and the last deferred one
     COMPUTED_DEFERRED,
-    GATE_AFTER_1,  # what this layer's gates wait for
+    GATE_AFTER_1,  # experts that this layer's gates wait for, plus 1
     GATE_AFTER_2,
     GATE_AFTER_3,
     TOKENS,  # of this layer step, routed so far

@@ -141,7 +141,7 @@ OPTIONS = {
     ),
     "missing folder for the table": ("{trace} --csv {dir}/no/t.csv", ["there is no folder"]),
     "output that is a folder": ("{trace} --csv {dir}", ["--csv", "is a directory"]),
-    "output that is a device": ("{trace} --csv /dev/null", ["/dev/null", "no regular file"]),
+    "output that is a pipe": ("{trace} --csv {dir}/pipe", ["pipe", "no regular file"]),
     "output that is the trace": ("{trace} --csv {trace}", ["TRACE", "different files"]),
     "two outputs in one": (
         "{trace} --csv {dir}/x --timeline {dir}/./x",
@@ -157,6 +157,7 @@ OPTIONS = {
 def test_options(case: str, refused: Callable[..., str], small: Path, tmp_path: Path) -> None:
     words, expected = OPTIONS[case]
     before = small.read_bytes()
+    os.mkfifo(tmp_path / "pipe")
 
     line = refused(*(word.format(trace=small, dir=tmp_path) for word in words.split()))
 
@@ -170,7 +171,6 @@ def test_options(case: str, refused: Callable[..., str], small: Path, tmp_path: 
         (["replai"], ["'replai'", "there are: hardware, models, policies, replay, trace"]),
         (["trace", "show"], ["'show'", "there are: info, synth"]),
         (["--polici"], ["--polici", "see moesim --help"]),
-        (["trace", "synth", "-o", "/dev/null"], ["/dev/null", "no regular file"]),
         (["trace", "synth", "-o", "x", "--recall", "nan"], ["--recall", "0<=x<=1"]),
     ],
     ids=" ".join,
@@ -179,6 +179,14 @@ def test_commands(words: list[str], expected: list[str], cli: Cli) -> None:
     line = complaint(cli(*words))
 
     assert all(text in line for text in expected), line
+
+
+def test_a_trace_does_not_replace_a_pipe(cli: Cli, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    assert "pipe: is no regular file" in complaint(cli("trace", "synth", "-o", pipe))
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize("words", [[], ["trace"]], ids=str)
@@ -277,9 +285,9 @@ TRACES: dict[str, tuple[Callable[[Arrays], Arrays], list[str]]] = {
         ["meta.spec", "missing required field `model_type`", "--model"],
     ),
     "a spec with an unknown key": (
-        lambda arrays: with_meta(
-            spec={**json.loads(str(arrays["meta"]))["spec"], "colour": "red"}
-        )(arrays),
+        lambda arrays: with_meta(spec={**json.loads(str(arrays["meta"]))["spec"], "colour": "red"})(
+            arrays
+        ),
         ["meta.spec", "colour", "--model"],
     ),
     "a spec of another model": (
@@ -500,7 +508,9 @@ def test_a_full_disk_is_one_line(
     old.write_bytes(OLD)
     monkeypatch.setattr(Path, "write_text", full)
 
-    assert "steps.csv.part: No space left on device" in complaint(cli("replay", small, "--csv", old))
+    assert "steps.csv.part: No space left on device" in complaint(
+        cli("replay", small, "--csv", old)
+    )
     assert old.read_bytes() == OLD
 
 

@@ -255,9 +255,7 @@ def test_fitted_two_lane_model_gives_the_modelled_times(
     best_s: float,
     greedy_s: float,
 ) -> None:
-    found = two_lanes(model, batch, *fit)
-
-    assert found == (pytest.approx(best_s, rel=0.015), pytest.approx(greedy_s, rel=0.015))
+    assert two_lanes(model, batch, *fit) == pytest.approx((best_s, greedy_s), rel=0.015)
 
 
 def test_exact_over_greedy_is_as_in_dali_table_4() -> None:

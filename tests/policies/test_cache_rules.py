@@ -83,7 +83,7 @@ def test_rules_equal_libcachesim_access_by_access(rule: str, capacity: int) -> N
     hits = own_hits(rule, accesses, capacity, 32)
 
     assert hits == libcachesim_hits(rule, accesses, capacity)
-    assert 0 < sum(hits) or capacity == 1
+    assert sum(hits) > 0 or capacity == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libcachesim is for Linux")
@@ -161,8 +161,8 @@ def steps_of_trace(trace: Trace, workload: Workload) -> list[Step]:
     prompts = [workload.prompt_rows(i) for i in range(workload.sequences)]
     decodes = [workload.decode_rows(i) for i in range(workload.sequences)]
     passes = [np.concatenate(prompts)]
-    for at in range(max(len(rows) for rows in decodes)):
-        passes.append(np.array([rows[at] for rows in decodes if at < len(rows)]))
+    longest = max(len(rows) for rows in decodes)
+    passes += [np.array([r[at] for r in decodes if at < len(r)]) for at in range(longest)]
     return [{la: trace.experts[rows, la].tolist() for la in range(trace.layers)} for rows in passes]
 
 

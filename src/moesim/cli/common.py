@@ -49,6 +49,13 @@ def check_output(path: Path) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise InputError(f"{path}: there is no folder {folder}")
+    check_regular(path)
+
+
+def check_regular(path: Path) -> None:
+    """Raise InputError for a pipe, a device or a folder: renaming a file to it would destroy it."""
+    from moesim.errors import InputError
+
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is no regular file")
 

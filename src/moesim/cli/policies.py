@@ -34,7 +34,9 @@ def command(as_json: bool) -> None:
         print_json(rows)
         return
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     for row in rows:
@@ -46,6 +48,7 @@ def command(as_json: bool) -> None:
             shown = str(default).lower() if isinstance(default, bool) else str(default)
             table.add_row(parameter["name"], f"= {shown}", parameter["legal"])
         console.print(table)
-        console.print("    " + row["notes"].replace("\n", "\n    "), highlight=False, markup=False)
+        for paragraph in row["notes"].split("\n\n"):
+            console.print(Padding(Text(" ".join(paragraph.split())), (0, 0, 0, 4)))
         console.print()
     console.print("Use as: --policy dali:prefetch_size=2,cache=lru   Sources in full: --json")

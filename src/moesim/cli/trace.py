@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moesim.cli.common import SHARE, Commands, check_output
+from moesim.cli.common import SHARE, Commands, check_regular
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +78,7 @@ def synth(output: Path, **parameters: Any) -> None:
     from moesim.traces.format import write_trace
     from moesim.traces.synthetic import synthesize
 
-    check_output(output)
+    check_regular(output)
     trace = synthesize(parameters.pop("preset"), **parameters)
     write_trace(trace, output)
     click.echo(f"{output}: {trace.tokens} tokens, {output.stat().st_size} bytes")
