@@ -101,7 +101,9 @@ class Dali(NamedTuple):
         if prefetch == "none":
             prefetch_size = 0
         staging = max(1, min(staging + prefetch_size, setting.slots))
-        capacity = np.minimum(even_split(setting.slots - staging, setting.layers), setting.experts)
+        capacity = np.minimum(
+            even_split(max(0, setting.slots - staging), setting.layers), setting.experts
+        )
         shape = (setting.layers, setting.experts)
         resident = np.zeros(shape, np.int64)
         random = np.random.default_rng(setting.seed)

@@ -32,7 +32,9 @@ class Lru(NamedTuple):
     def new(cls, setting: Setting, staging: int = 2) -> "Lru":
         """`staging`: slots for experts that find no place in the cache."""
         staging = max(1, min(staging, setting.slots))
-        capacity = np.minimum(even_split(setting.slots - staging, setting.layers), setting.experts)
+        capacity = np.minimum(
+            even_split(max(0, setting.slots - staging), setting.layers), setting.experts
+        )
         return cls(new_lru_cache(setting.layers, setting.experts, capacity), staging)
 
     def place(self, setting: Setting) -> Placement:

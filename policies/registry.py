@@ -36,7 +36,7 @@ class Parameter(NamedTuple):
         """What may be written for it."""
         if get_origin(self.type) is Literal:
             return "|".join(get_args(self.type))
-        return {int: "whole number >= 0", float: "number", bool: "true|false"}.get(
+        return {int: "whole number >= 0", float: "number >= 0", bool: "true|false"}.get(
             self.type, "text"
         )
 

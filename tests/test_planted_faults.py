@@ -7,6 +7,7 @@ import pytest
 
 import lab
 import moesim.commands
+import moesim.forecast
 import moesim.host
 import moesim.residency
 from moesim.errors import AuditError
@@ -85,7 +86,7 @@ def launched(change: Callable[[list[Any]], None]) -> Callable[..., int]:
         change(changed)
         return original(*changed)
 
-    original = moesim.residency.launch_expert
+    original = moesim.forecast.launch_expert
     return launch
 
 
@@ -142,7 +143,7 @@ def lose_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def combine_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = moesim.host.launch
+    original = moesim.forecast.launch
 
     def launch(*operation: Any) -> int:
         changed = list(operation)
@@ -154,7 +155,7 @@ def combine_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_to_return(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = moesim.host.launch
+    original = moesim.forecast.launch
 
     def launch(*operation: Any) -> int:
         return 0 if operation[3] == RETURN else original(*operation)
