@@ -80,7 +80,6 @@ class Operation:
         "amount", "blockers", "cause", "chunks", "dependents", "expert", "held_up_by", "kind",
         "layer", "left", "queue", "ready_ns", "slot", "source", "start_ns", "ticket", "work",
     )  # fmt: skip
-    # fmt: skip
 
     ticket: int
     queue: int

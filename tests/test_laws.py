@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lab
+import moesim.testing as lab
 from moesim.policies.registry import choose
 from moesim.residency import Residency
 from moesim.sim.metrics import by_step, link_bytes, summarize

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import lab
 import moesim.commands
 import moesim.forecast
 import moesim.host
 import moesim.residency
+import moesim.testing as lab
 from moesim.errors import AuditError
 from moesim.policies.api import (
     CACHE,

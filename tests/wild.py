@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import hypothesis.strategies as st
 import numpy as np
 
-import lab
+import moesim.testing as lab
 from moesim.costs import Costs
 from moesim.policies import api
 from moesim.policies.api import CACHE, FIRST, REST, Placement, Plan, Prediction, Setting, View
@@ -111,7 +111,9 @@ class Wild(NamedTuple):
         around(self, view, plan)
 
 
-def around(self: Wild, view: View, plan: Plan, *, gate: bool = False, busy: bool = False) -> None:
+def around(  # noqa: PLR0912  one branch per command
+    self: Wild, view: View, plan: Plan, *, gate: bool = False, busy: bool = False
+) -> None:
     """Order what may be ordered in any hook; with `busy`, active experts still have to run."""
     rng = self.random
     layers, experts = view.cached.shape

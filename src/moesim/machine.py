@@ -45,11 +45,11 @@ class Machine(Protocol):
         """Take back what has not started and what nothing submitted waits for; say if it did."""
 
     def promote(self, ticket: int) -> bool:
-        """Put a queued or preempted background copy that waits for nothing behind the urgent ones.
+        """Put a queued or preempted background copy behind the urgent ones; say if it did.
 
-        Returns whether it did. There is no effect with a FIFO link or on a copy under way, nor while
-        an urgent copy waits for something: background copies pass that one anyway, and behind it
-        a copy that it waits for would never run.
+        There is no effect with a FIFO link, on a copy under way, on one that waits for something,
+        nor while an urgent copy does: background copies pass that one anyway, and behind it a copy
+        that it waits for would never run.
         """
 
     def route(

@@ -421,8 +421,8 @@ def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residen
     total_bytes = int((counts * sizes).sum())
     if total_bytes > setting.budget_bytes:
         raise PolicyError(
-            f"it needs {int(counts.sum())} slots of {total_bytes} bytes together on the GPU, and the "
-            f"budget is {setting.budget_bytes} bytes"
+            f"it needs {int(counts.sum())} slots of {total_bytes} bytes together on the GPU, and "
+            f"the budget is {setting.budget_bytes} bytes"
         )
     slots = int(counts.sum())
     on_disk = np.zeros(shape, np.int64) if placement.on_disk is None else placement.on_disk

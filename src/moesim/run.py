@@ -69,7 +69,8 @@ def check_fit(trace: Trace, model: ModelSpec) -> None:
     if has != (model.layers, model.top_k) or trace.n_experts > model.experts:
         raise InputError(
             f"the trace has {trace.layers} MoE layers of {trace.n_experts} experts, "
-            f"top-{trace.top_k}; {model.name} has {model.layers} of {model.experts}, top-{model.top_k}"
+            f"top-{trace.top_k}; {model.name} has {model.layers} of {model.experts}, "
+            f"top-{model.top_k}"
         )
 
 

@@ -1,4 +1,10 @@
-"""Small runs with round numbers, each of them audited: what the tests of the simulator stand on."""
+"""For authors of policies: small runs with round numbers, each audited, and laws to inherit.
+
+    class TestMine(moesim.testing.PolicyConformance):
+        policy = "path/to/mine.py"
+
+runs every law below on a policy, by its name, its file, or any text that `--policy` takes.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -8,10 +14,11 @@ import numpy as np
 
 from moesim.audit import audit
 from moesim.costs import Costs
+from moesim.errors import PolicyError
 from moesim.log import Log
 from moesim.model import GroupedQuery, ModelSpec
 from moesim.policies.api import Placement, Setting
-from moesim.policies.registry import Chosen
+from moesim.policies.registry import Chosen, choose
 from moesim.profile import HardwareProfile, load_profile, with_overrides
 from moesim.run import prepare
 from moesim.sim.replay import Replayed, replay
@@ -208,3 +215,76 @@ def makespan_ns(done: Replayed) -> int:
 def lane_of(log: Log, ticket: int) -> int:
     """Return the lane that works on an operation."""
     return LANE_OF_QUEUE[log.operations[ticket - 1]["queue"]]
+
+
+class PolicyConformance:
+    """Laws of every policy, as tests to inherit: set `policy` to what `--policy` would be given.
+
+    Each run is audited, so that legality, budgets, order and completeness are checked throughout.
+    """
+
+    policy = ""
+    needs_gpu = True
+    """False for a policy that works without any expert on the GPU."""
+
+    def replay(
+        self, *, layers: int = 2, experts: int = 6, top_k: int = 2, tokens: int = 6,
+        prompts: Sequence[int] = (2,), slots: int = 8, seed: int = 0,
+    ) -> Replayed:  # fmt: skip
+        """Replay random choices through a fresh policy."""
+        rng = np.random.default_rng(seed)
+        choices = [[rng.permutation(experts)[:top_k] for _ in range(layers)] for _ in range(tokens)]
+        costs = make_costs(
+            layers, attention=90, gate=10, gpu=40, cpu=70, combine=5, head=9, copy_ns_per_kib=200
+        )
+        machine = quiet_machine("interference=[{busy: [cpu, h2d], slow: {cpu: 0.5, h2d: 0.8}}]")
+        return run(
+            choose(self.policy), choices, costs, experts=experts, slots=slots, prompts=prompts,
+            machine=machine, seed=seed,
+        )  # fmt: skip
+
+    def test_random_choices(self) -> None:
+        """Every order is legal, whatever the router chooses."""
+        for seed in range(20):
+            self.replay(seed=seed, experts=2 + seed % 7, slots=2 + seed % 9)
+
+    def test_the_same_seed_gives_the_same_log(self) -> None:
+        """Nothing is kept from one run to the next, and nothing is drawn unseeded."""
+        first, second = self.replay(seed=3).log, self.replay(seed=3).log
+        assert first is not None
+        assert second is not None
+        assert (first.operations == second.operations).all()
+        assert (first.segments == second.segments).all()
+
+    def test_one_slot(self) -> None:
+        """The smallest budget that holds an expert is enough."""
+        self.replay(slots=1)
+
+    def test_no_slot(self) -> None:
+        """A budget of nothing works, or is refused by a PolicyError."""
+        try:
+            self.replay(slots=0)
+        except PolicyError:
+            assert self.needs_gpu
+        else:
+            assert not self.needs_gpu
+
+    def test_one_expert(self) -> None:
+        """A layer with a single expert."""
+        self.replay(experts=1, top_k=1)
+
+    def test_all_experts_resident(self) -> None:
+        """More room than experts."""
+        self.replay(slots=100)
+
+    def test_every_expert_active(self) -> None:
+        """All experts are needed at once, and few fit."""
+        self.replay(top_k=6, slots=4)
+
+    def test_a_prompt_alone(self) -> None:
+        """Nothing is decoded."""
+        self.replay(tokens=5, prompts=(5,))
+
+    def test_several_sequences(self) -> None:
+        """Sequences of unequal prompts end at different steps."""
+        self.replay(tokens=12, prompts=(1, 2, 3), slots=5)
