@@ -199,7 +199,7 @@ class SimpyMachine:
         op.ready_ns = self.env.now
         op.dependents = []
         for after in (after0, after1, after2):
-            blocker = self.open.get(after)
+            blocker = self.open.get(after) if after else None
             if blocker is not None:
                 blocker.dependents.append(op)
                 op.blockers += 1
@@ -308,6 +308,13 @@ class SimpyMachine:
         waiting = self.queues[queue]
         return waiting[0] if waiting and waiting[0].blockers == 0 else None
 
+    def start_pass(self) -> None:
+        """Start what can start, in lane order, once all that ends in this instant has ended."""
+        queues = self.queues
+        for lane in range(len(LANES)):
+            if queues[lane] or (lane == H2D and queues[H2D_BACKGROUND]):
+                self.start_what_can(lane)
+
     def start_what_can(self, lane: int) -> None:
         """Start the next operation of a lane, or aim at the border where it will be preempted."""
         running = self.running[lane]
@@ -352,7 +359,9 @@ class SimpyMachine:
         self.events[lane] = None
         self.busy_set &= ~(1 << lane)
         self.change_rates()
-        if not self.passing:
+        if self.env.peek() > now:
+            self.start_pass()
+        elif not self.passing:
             self.passing = True
             Wakeup(self, START_PASS, START_PASS, 0)
 
@@ -394,10 +403,7 @@ class SimpyMachine:
         lane = event.lane
         if lane == START_PASS:
             self.passing = False
-            queues = self.queues
-            for each in range(len(LANES)):
-                if queues[each] or (each == H2D and queues[H2D_BACKGROUND]):
-                    self.start_what_can(each)
+            self.start_pass()
         elif event is self.events[lane]:
             op = self.running[lane]
             if op is None:
@@ -417,8 +423,8 @@ class SimpyMachine:
             return
         op.left = border
         self.preemptions += 1
-        self.stop(H2D, op, 0)
         self.queues[H2D_BACKGROUND].appendleft(op)
+        self.stop(H2D, op, 0)
 
     def complete(self, lane: int, op: Operation) -> None:
         """Finish an operation and release what waits for it."""
