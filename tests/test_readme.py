@@ -1,0 +1,94 @@
+"""The README says what is true: its output is what the command prints, its policy runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+pytestmark = pytest.mark.skipif(not README.exists(), reason="needs the checkout, not a wheel")
+
+POLICIES = ("lru", "static:by=expert,order=popularity", "dali", "static")
+
+
+def moesim(*arguments: str, cwd: Path | None = None) -> str:
+    """Return what a command prints on a terminal of 80 columns."""
+    code = "from moesim.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "80", "XDG_CONFIG_HOME": str(README.parent / "nowhere")},
+    )
+    return done.stdout
+
+
+def block(after: str) -> str:
+    """Return the first fenced block after a text."""
+    found = re.search(r"```\w*\n(.*?)```", README.read_text().partition(after)[2], re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def comparable(text: str) -> list[str]:
+    """Return the lines without trailing blanks and without the time that the run took."""
+    return [re.sub(r" in [\d.]+ s$", "", line.rstrip()) for line in text.strip().splitlines()]
+
+
+def test_the_output_is_what_the_command_prints() -> None:
+    shown = block("<!-- output of: moesim replay --policy dali -->")
+    assert comparable(shown) == comparable(moesim("replay", "--policy", "dali"))
+
+
+def test_the_table_holds_what_the_policies_give() -> None:
+    text = README.read_text().partition("<!-- output of: moesim replay --json -->")[2]
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in text.partition("\n\n")[0].strip().splitlines()[2:]
+    ]
+    assert [row[0] for row in rows] == list(POLICIES)
+    for row in rows:
+        result = json.loads(moesim("replay", "--policy", row[0], "--json"))
+        waits = {k: v for k, v in result["time_ns"].items() if k.startswith("wait_")}
+        most = max(waits, key=lambda name: waits[name])
+        expected = [
+            f"{result['tokens_per_s']:.1f}",
+            f"{result['ttft_ms']:.0f}",
+            f"{result['tpot_ms']:.1f}",
+        ]
+        assert row[1:4] == expected
+        assert row[4].startswith(f"{most.removeprefix('wait_')} ")
+
+
+def test_the_policy_runs(tmp_path: Path) -> None:
+    code = block("save it as `cheaper.py`")
+    body = code.partition("class ")[2].splitlines()
+    assert len(body) <= 21  # 20 lines, and the class statement
+    (tmp_path / "cheaper.py").write_text(code)
+
+    result = json.loads(moesim("replay", "--policy", "./cheaper.py", "--json", cwd=tmp_path))
+    assert result["activations"]["resident"] > 0
+    assert result["activations"]["cpu"] > 0
+    assert result["activations"]["fetched"] > 0
+
+
+def test_every_command_shown_exists() -> None:
+    """Options and names in the examples are legal, apart from the user's own trace."""
+    from moesim.cli.replay import command
+    from moesim.policies.registry import choose
+
+    options = {option for parameter in command.params for option in parameter.opts}
+    shown = re.findall(r"^moesim replay .*$", README.read_text(), re.MULTILINE)
+    assert shown
+    for line in shown:
+        words = line.partition("#")[0].split()
+        assert {word for word in words if word.startswith("--")} <= options
+        if "--policy" in words and not words[words.index("--policy") + 1].endswith(".py"):
+            choose(words[words.index("--policy") + 1])
