@@ -158,11 +158,12 @@ def fetch(
 ) -> None:  # fmt: skip
     """Copy to the GPU what is missing of an expert's first `part`/1024. Legal in every hook.
 
-    Into the cache there must be a free slot (`evict` first). Into staging always all of the rest is
-    copied; without a free slot a background fetch is pending until there is one, an urgent one
-    takes the slot of the youngest fetch for another layer. A layer beyond the last is one of the
-    next step. `precision` is an index into `types.BITS` (-1: the run's own); `after_compute` makes
-    the copy wait for this expert's run on the CPU in this layer step.
+    It is for the next run of that layer, in this step or the next; a number beyond the last layer
+    counts on from the first one. Into the cache there must be a free slot (`evict` first). Into
+    staging always all of the rest is copied; without a free slot a background fetch is pending
+    until there is one, an urgent one takes the slot of the youngest fetch for another layer.
+    `precision` is an index into `types.BITS` (-1: as stored); `after_compute` makes the copy wait
+    for this expert's run on the CPU in this layer step.
     """
     _order(plan, FETCH, layer, expert, part, precision, into, urgent, after_compute)
 
@@ -185,7 +186,7 @@ def evict(plan: Plan, layer: int, expert: int) -> None:
 
 
 def cancel(plan: Plan, layer: int, expert: int) -> None:
-    """Take back a fetch that is pending or has not started; no effect on any other."""
+    """Give up a fetch into staging whose expert has not run; it never starts if it has not."""
     _order(plan, CANCEL, layer, expert, 0, 0, 0, 0, 0)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from traceback import walk_tb
 from typing import NamedTuple
 
 import numpy as np
@@ -107,6 +108,8 @@ def chunk_bytes(prepared: Prepared) -> int:
 def policy_failure(name: str, error: Exception) -> PolicyError:
     """Return an error of a policy's own code as one line that says where it happened."""
     frame = error.__traceback__
+    if not any(f.f_code.co_name == "call_hook" for f, _ in walk_tb(frame)):
+        raise error  # not the policy's fault
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     where = f" ({frame.tb_frame.f_code.co_filename}:{frame.tb_lineno})" if frame else ""

@@ -77,8 +77,9 @@ class Operation:
     """One submitted operation, while it is open."""
 
     __slots__ = (
-        "amount", "blockers", "cause", "chunks", "dependents", "expert", "held_up_by", "kind",
-        "layer", "left", "queue", "ready_ns", "slot", "source", "start_ns", "ticket", "work",
+        "after", "amount", "blockers", "cause", "chunks", "dependents", "expert", "held_up_by",
+        "kind", "layer", "left", "queue", "ready_ns", "slot", "source", "start_ns", "ticket",
+        "work",
     )  # fmt: skip
 
     ticket: int
@@ -95,6 +96,7 @@ class Operation:
     left: int
     chunks: int
     """Into how many equal stretches a copy may be cut."""
+    after: tuple[int, int, int]
     blockers: int
     """Operations that it still waits for."""
     held_up_by: "Operation | None"
@@ -194,11 +196,12 @@ class SimpyMachine:
         op.chunks = 1
         if queue == H2D_BACKGROUND and self.chunk_bytes > 0:
             op.chunks = max(1, -(-amount // self.chunk_bytes))
+        op.after = (after0, after1, after2)
         op.blockers = 0
         op.held_up_by = None
         op.ready_ns = self.env.now
         op.dependents = []
-        for after in (after0, after1, after2):
+        for after in op.after:
             blocker = self.open.get(after) if after else None
             if blocker is not None:
                 blocker.dependents.append(op)
@@ -257,6 +260,9 @@ class SimpyMachine:
         if op is None or op.dependents or op.left < op.work or op in self.running:
             return False
         self.queues[op.queue].remove(op)
+        for after in op.after:
+            if after in self.open:
+                self.open[after].dependents.remove(op)
         del self.open[ticket]
         if self.record:
             self.operations[ticket][6] = self.env.now

@@ -296,7 +296,8 @@ def moved() -> Draft:
     d.rules["initial"] = (Contents(0, 0, 0, WHOLE, 0),)
     d.add("copy", COPY_IN, (0, 8), expert=1, slot=1, queue=H2D_BACKGROUND)
     d.add("attention", ATTENTION, (0, 10))
-    d.add("guess", PREDICT, (0, 1), queue=CPU)
+    d.add("send", SEND, (10, 11), after=["attention"])
+    d.add("guess", PREDICT, (11, 12), queue=CPU, after=["send"])
     d.add("gate", GATE, (10, 12), after=["attention"])
     d.add("run0", EXPERT_GPU, (12, 20), submit_ns=12, expert=0, slot=0)
     d.add("move", MOVE, (20, 21), submit_ns=12, expert=1, slot=2, after=["copy"])
@@ -476,10 +477,10 @@ COMPLETENESS = [
     broken(offloaded, "a run over 2 tokens of 0", lambda d: d.rule(loads=np.zeros((2, 1, 1, 2)))),
     broken(one_miss, "a run starts after its GATEs", lambda d: d.lax().swap("gate", "run0")),
     broken(on_the_cpu, "once, on one device", repeat("cpu1", 70, 71)),
-    broken(on_the_cpu, "1 experts on the CPU and 0 SENDs", lambda d: d.lax().drop("send")),
+    broken(on_the_cpu, "1 operations on the CPU and 0 SENDs", lambda d: d.lax().drop("send")),
     broken(
         on_the_cpu,
-        "a CPU expert starts after SEND",
+        "the CPU starts after SEND",
         lambda d: d.lax().run("send", (16, 19)),
     ),
     broken(

@@ -70,10 +70,14 @@ def exact(
         states = len(cpu)
         cpu = np.concatenate((cpu, cpu + cpu_ns[expert]))
         gpu = np.concatenate((gpu + gpu_ns[expert], gpu))
-        by_cpu = np.lexsort((gpu, cpu))
-        smallest = np.minimum.accumulate(gpu[by_cpu])
-        keep = np.ones(len(by_cpu), np.bool_)
-        keep[1:] = smallest[1:] < smallest[:-1]
+        by_gpu = np.argsort(gpu, kind="mergesort")
+        by_cpu = by_gpu[np.argsort(cpu[by_gpu], kind="mergesort")]
+        keep = np.zeros(len(by_cpu), np.bool_)
+        smallest = gpu[by_cpu[0]] + 1
+        for at in range(len(by_cpu)):
+            if gpu[by_cpu[at]] < smallest:
+                smallest = gpu[by_cpu[at]]
+                keep[at] = True
         kept = by_cpu[keep]
         if len(kept) > EXACT_STATES:
             later = np.maximum(cpu[kept], gpu[kept])

@@ -18,14 +18,18 @@ from moesim.policies.api import (
     GATE_AFTER,
     PROMOTE,
     REST,
-    ROUTED,
     RUN_ON_CPU,
     RUN_ON_GPU,
     RUN_SHARED,
+    STAGING,
 )
 from moesim.residency import (
+    BACKGROUND,
+    FOR_A_RUN,
     PENDING_FIRST,
     PENDING_LAST,
+    PREFETCHED,
+    URGENT,
     USED,
     copy_in,
     exchange,
@@ -36,11 +40,11 @@ from moesim.residency import (
     occupy,
     queue_pending,
     read_from_disk,
+    renew,
     stage,
     staging_pool,
     staging_slot,
     start_pending,
-    take_back,
     take_slot,
 )
 from moesim.state import (
@@ -121,10 +125,11 @@ def carry_out(machine: Machine, host: Host, hook: int, step: int, layer: int) ->
         if rows[i, 0] == RUN_SHARED:
             run_shared(machine, host, layer)
             continue
-        target = layer if rows[i, 1] == NONE else rows[i, 1] % host.layers
+        about_this = rows[i, 0] in (RUN_ON_GPU, RUN_ON_CPU, GATE_AFTER)
+        target = layer if about_this else rows[i, 1] % host.layers
         expert = rows[i, 2]
         rule = UNKNOWN
-        if rows[i, 1] >= NONE and 0 <= expert < host.experts:
+        if (about_this or 0 <= rows[i, 1] < 2 * host.layers) and 0 <= expert < host.experts:
             rule = carry_out_one(machine, host, hook, layer, target, i)
         if rule != OK:
             return fail(host, rule, target, expert)
@@ -202,6 +207,7 @@ def launch_piece(
     for batch in range(first, last):
         load = host.loads[expert] if batch == NONE else host.loads_by_batch[batch, expert]
         if load > 0:
+            host.res.slot_unused[slot] = 0
             host.res.slot_ticket[slot] = launch_expert(
                 machine, host.forecast, GPU, EXPERT_GPU, layer, expert, batch, load, start, part,
                 precision, slot, NO_CAUSE, arrival, 0, 0,
@@ -218,11 +224,12 @@ def run_on_gpu(machine: Machine, host: Host, hook: int, layer: int, expert: int,
     cached = res.cached[layer, expert]
     if piece == BOTH and cached < WHOLE and res.staged[layer, expert] == WHOLE:
         cached = 0
-    if host.ran[expert] == 0 and (
-        (piece == FIRST and cached == 0) or (piece == REST and cached > 0)
-    ):
+    start = host.ran[expert]
+    if piece not in (BOTH, FIRST, REST):
+        return BAD_PART
+    if (piece == FIRST and start >= cached) or (piece == REST and start == 0 and cached > 0):
         return NOTHING_FIRST
-    if host.ran[expert] == 0 and cached > 0:
+    if start < cached:
         cause = res.cached_cause[layer, expert]
         if cause == DEMAND:
             host.outcome[expert] = FETCHED
@@ -230,7 +237,7 @@ def run_on_gpu(machine: Machine, host: Host, hook: int, layer: int, expert: int,
             res.counters[USED] += 1
         res.cached_cause[layer, expert] = NO_CAUSE
         launch_piece(
-            machine, host, layer, expert, res.cached_slot[layer, expert], 0, cached,
+            machine, host, layer, expert, res.cached_slot[layer, expert], start, cached - start,
             res.cached_precision[layer, expert], res.cached_ticket[layer, expert],
         )  # fmt: skip
     if piece != FIRST and host.ran[expert] < WHOLE:
@@ -250,14 +257,16 @@ def run_rest(machine: Machine, host: Host, layer: int, expert: int) -> int:
         if res.staged[layer, expert] > 0:
             slot = forget_staged(machine, host.forecast, res, layer, expert)
             free_slot(res, slot, staging_pool(res))
-        slot = staging_slot(machine, host.forecast, res, layer, host.loads, 1)
+        precision = res.cached_precision[layer, expert] if start > 0 else res.precision
+        slot = staging_slot(machine, host.forecast, res, layer, host.loads, FOR_A_RUN)
         if slot == NONE:
             return NO_STAGING
-        precision = res.cached_precision[layer, expert] if start > 0 else res.precision
+        if part_bytes(host.costs, layer, precision, start, WHOLE - start) > res.slot_bytes[slot]:
+            return TOO_BIG
         stage(machine, host.forecast, res, layer, expert, slot, precision, 1, DEMAND, 0, start)
     elif res.staged_cause[layer, expert] == DEMAND:
         host.outcome[expert] = FETCHED
-    else:
+    elif res.staged_cause[layer, expert] == PREFETCH:
         res.counters[USED] += 1
     slot = res.staged_slot[layer, expert]
     launch_piece(
@@ -267,6 +276,16 @@ def run_rest(machine: Machine, host: Host, layer: int, expert: int) -> int:
     res.slot_run[slot] = 1
     start_pending(machine, host.forecast, res, layer, host.loads)
     return OK
+
+
+def send(machine: Machine, host: Host, layer: int) -> None:
+    """Copy the layer's activations to the host, once."""
+    s = host.state
+    if s[SENT] == 0:
+        size_bytes = host.first_token[host.batches] * host.costs.token_bytes
+        s[SENT] = launch(
+            machine, host.forecast, D2H, SEND, layer, NONE, size_bytes, 0, s[ATTENTION_1], 0, 0
+        )
 
 
 def run_on_cpu(machine: Machine, host: Host, hook: int, layer: int, expert: int, defer: int) -> int:
@@ -279,11 +298,7 @@ def run_on_cpu(machine: Machine, host: Host, hook: int, layer: int, expert: int,
     if defer and layer == host.layers - 1:
         return LAST_DEFERS
     s = host.state
-    if s[SENT] == 0:
-        size_bytes = s[TOKENS] * host.costs.token_bytes
-        s[SENT] = launch(
-            machine, host.forecast, D2H, SEND, layer, NONE, size_bytes, 0, s[ATTENTION_1], 0, 0
-        )
+    send(machine, host, layer)
     deferred = 1 if defer else 0
     ticket = launch_expert(
         machine, host.forecast, CPU, EXPERT_CPU, layer, expert, NONE, host.loads[expert], deferred,
@@ -299,14 +314,9 @@ def run_on_cpu(machine: Machine, host: Host, hook: int, layer: int, expert: int,
     return OK
 
 
-def needed_now(host: Host, hook: int, layer: int, target: int, expert: int) -> bool:
+def needed_now(host: Host, layer: int, target: int, expert: int) -> bool:
     """Say whether an expert is active in this layer step and its run is not ordered yet."""
-    return (
-        target == layer
-        and hook in (ROUTED, DISPATCH)
-        and host.loads[expert] > 0
-        and host.ran[expert] == 0
-    )
+    return target == layer and host.loads[expert] > 0 and host.ran[expert] < WHOLE
 
 
 def fetch(
@@ -314,14 +324,14 @@ def fetch(
     precision: int, into: int, urgent: int, after_compute: int,
 ) -> int:  # fmt: skip
     """Copy to the GPU what is missing of an expert."""
-    if not 1 <= part <= WHOLE:
+    if not 1 <= part <= WHOLE or into not in (CACHE, STAGING):
         return BAD_PART
     if precision == NONE:
         precision = host.res.precision
     if not 0 <= precision < host.costs.expert_bytes.shape[1]:
         return BAD_PRECISION
     cause = PREFETCH
-    if needed_now(host, hook, layer, target, expert):
+    if needed_now(host, layer, target, expert):
         cause = DEMAND
     elif target == layer and hook in (DISPATCH, AFTER_LAYER):
         cause = SWAP
@@ -356,6 +366,8 @@ def fetch_into_cache(
         take_slot(res, pool)
         occupy(res, slot, target, expert)
     res.pending[target, expert] = 0
+    if cause == PREFETCH and (cached == 0 or res.cached_cause[target, expert] != PREFETCH):
+        res.counters[PREFETCHED] += 1
     res.cached[target, expert] = part
     res.cached_slot[target, expert] = slot
     res.cached_precision[target, expert] = precision
@@ -373,15 +385,22 @@ def fetch_into_staging(
 ) -> int:  # fmt: skip
     """Copy the rest of an expert into a staging slot, or let it wait for one."""
     res = host.res
+    if res.staged[target, expert] > 0 and cause == SWAP:
+        renew(res, res.staged_slot[target, expert])
     if res.cached[target, expert] == WHOLE or res.staged[target, expert] > 0:
         return OK
     if len(res.staging) == 0:
         return NO_STAGING
-    if part_bytes(host.costs, target, precision, 0, WHOLE) > res.slot_bytes[res.staging[0]]:
+    start = res.cached[target, expert]
+    if res.cached_precision[target, expert] != precision:
+        start = 0
+    size_bytes = part_bytes(host.costs, target, precision, start, WHOLE - start)
+    if size_bytes > res.slot_bytes[res.staging[0]]:
         return TOO_BIG
     slot = NONE
     if urgent or res.counters[PENDING_FIRST] == res.counters[PENDING_LAST]:
-        slot = staging_slot(machine, host.forecast, res, layer, host.loads, urgent)
+        might = URGENT if urgent else BACKGROUND
+        slot = staging_slot(machine, host.forecast, res, layer, host.loads, might)
     if slot != NONE:
         res.pending[target, expert] = 0
         stage(machine, host.forecast, res, target, expert, slot, precision, urgent, cause, after, 0)
@@ -389,7 +408,7 @@ def fetch_into_staging(
     if res.pending[target, expert] == 0:
         if res.counters[PENDING_LAST] - res.counters[PENDING_FIRST] == len(res.queue):
             return TOO_MANY_PENDING
-        queue_pending(res, target, expert, precision)
+        queue_pending(res, target, expert, precision, cause, after)
         start_pending(machine, host.forecast, res, layer, host.loads)
     return OK
 
@@ -411,9 +430,9 @@ def admit(machine: Machine, host: Host, target: int, expert: int, part: int) -> 
     take_slot(res, pool)
     source = res.staged_slot[target, expert]
     res.cached_cause[target, expert] = NO_CAUSE
+    if res.slot_run[source] == 0:
+        res.cached_cause[target, expert] = res.staged_cause[target, expert]
     if part == WHOLE and res.slot_bytes[slot] == res.slot_bytes[source]:
-        if res.slot_run[source] == 0:
-            res.cached_cause[target, expert] = res.staged_cause[target, expert]
         exchange(res, target, expert, slot)
         start_pending(machine, host.forecast, res, target, host.loads)
     else:
@@ -425,7 +444,7 @@ def evict(machine: Machine, host: Host, hook: int, layer: int, target: int, expe
     """Give up a cached expert."""
     if host.res.cached[target, expert] == 0:
         return NOT_CACHED
-    if needed_now(host, hook, layer, target, expert):
+    if needed_now(host, layer, target, expert):
         return EVICTS_ACTIVE
     forget_cached(machine, host.forecast, host.res, target, expert)
     return OK
@@ -438,11 +457,8 @@ def cancel(machine: Machine, host: Host, target: int, expert: int) -> int:
         res.pending[target, expert] = 0
     elif res.staged[target, expert] > 0:
         slot = res.staged_slot[target, expert]
-        if res.slot_run[slot] == 0 and take_back(
-            machine, res, slot, res.staged_ticket[target, expert]
-        ):
-            res.staged[target, expert] = 0
-            res.staged_slot[target, expert] = NONE
+        if res.slot_run[slot] == 0:
+            forget_staged(machine, host.forecast, res, target, expert)
             free_slot(res, slot, staging_pool(res))
             start_pending(machine, host.forecast, res, target, host.loads)
     return OK

@@ -39,9 +39,11 @@ class Forecast(NamedTuple):
     """(queues,): when the work submitted to each queue will be over."""
     ends: IntArray
     """(RING, 2): ticket and its estimated end."""
+    slots: IntArray
+    """(slots,): when all that touches each slot is over, as if no copy were ever taken back."""
 
 
-def new_forecast(costs: Costs, launch_ns: int, sync_ns: int) -> Forecast:
+def new_forecast(costs: Costs, launch_ns: int, sync_ns: int, slots: int) -> Forecast:
     """Return the reckoning of a host that has not started."""
     return Forecast(
         costs=costs,
@@ -50,6 +52,7 @@ def new_forecast(costs: Costs, launch_ns: int, sync_ns: int) -> Forecast:
         clock=np.array([0, PREFILL]),
         free=np.zeros(len(QUEUES), np.int64),
         ends=np.zeros((RING, 2), np.int64),
+        slots=np.zeros(slots, np.int64),
     )
 
 
@@ -104,11 +107,15 @@ def launch_expert(
         start = max(start, end_ns(forecast, after1))
     if after2 > 0:
         start = max(start, end_ns(forecast, after2))
+    if slot != NONE:
+        start = max(start, forecast.slots[slot])
     if queue == H2D_BACKGROUND:
         start = max(start, forecast.free[H2D])
     elif queue == H2D and forecast.free[H2D_BACKGROUND] > start:
         forecast.free[H2D_BACKGROUND] += ns
     forecast.free[queue] = start + ns
+    if slot != NONE:
+        forecast.slots[slot] = start + ns
     at = ticket % RING
     forecast.ends[at, 0] = ticket
     forecast.ends[at, 1] = start + ns

@@ -11,7 +11,7 @@ the gate; hook dispatch, which runs every active expert; returns, combine; hook 
 
 from typing import Any
 
-from moesim.commands import carry_out
+from moesim.commands import carry_out, send
 from moesim.costs import duration_ns
 from moesim.forecast import PHASE, await_ticket, busy, launch
 from moesim.machine import Machine, begin, done, predict, route
@@ -26,6 +26,7 @@ from moesim.policies.api import (
 )
 from moesim.residency import (
     ORDER,
+    PENDING_LAST,
     drop_pending,
     oldest_run,
     release_layer,
@@ -57,6 +58,7 @@ from moesim.types import (
     ARRIVED,
     ATTENTION,
     COMBINE,
+    CPU,
     D2H,
     DENSE_IN,
     FETCHED,
@@ -109,7 +111,10 @@ def start_step(machine: Machine, host: Host, step: int) -> None:
         tokens = host.steps.offset[step, batch + 1] - host.steps.offset[step, batch]
         host.first_token[batch + 1] = host.first_token[batch] + tokens
         context = host.steps.context[step, batch]
-        attention_ns += duration_ns(costs, phase, ATTENTION, 0, tokens, context, WHOLE, 0)
+        # The last layer stands for all: others may have layers without experts before them.
+        attention_ns += duration_ns(
+            costs, phase, ATTENTION, host.layers - 1, tokens, context, WHOLE, 0
+        )
         gate_ns += costs.gate_ns[tokens]
     tokens = host.first_token[host.batches]
     routed = tokens * host.top_k
@@ -139,16 +144,18 @@ def run_layer(machine: Machine, policy: Any, host: Host, step: int, layer: int) 
         return rule
     judge(machine, host, layer)
     guess(machine, host, step, layer, 1)
-    drop_pending(res, layer, host.loads)
+    drop_pending(res, layer, res.counters[PENDING_LAST], host.loads, 0)
     rule = ask(machine, policy, host, DISPATCH, step, layer, NONE)
     if rule != OK:
         return rule
     combine(machine, host, layer)
     before = res.counters[ORDER]
+    pending = res.counters[PENDING_LAST]
     rule = ask(machine, policy, host, AFTER_LAYER, step, layer, NONE)
     if rule != OK:
         return rule
-    release_layer(machine, host.forecast, res, layer, before)
+    release_layer(machine, host.forecast, res, layer, before, host.state[COMBINED])
+    drop_pending(res, layer, pending, host.loads, host.state[TOKENS])
     start_pending(machine, host.forecast, res, layer, host.loads)
     return OK
 
@@ -166,6 +173,9 @@ def clear_layer(host: Host) -> None:
         host.cpu_ns[expert] = 0
         for batch in range(host.batches):
             host.loads_by_batch[batch, expert] = 0
+    for p in range(len(host.predictions)):
+        count_guessed(host, p, -1)
+        host.predicted_tokens[p] = 0
     s[TOKENS] = 0
     s[ACTIVE] = 0
     s[SENT] = 0
@@ -275,15 +285,16 @@ def guess(machine: Machine, host: Host, step: int, layer: int, after_gate: int) 
     for p in range(len(host.predictions)):
         if host.predictions[p, 0] != after_gate:
             continue
-        count_guessed(host, p, -1)
-        host.predicted_tokens[p] = 0
         target = layer + host.predictions[p, 1]
         target_step = step + target // host.layers
         if target_step >= len(host.steps.phase):
             continue
+        lane = host.predictions[p, 2]
+        if lane == CPU:
+            send(machine, host, layer)
         ticket = launch(
-            machine, host.forecast, host.predictions[p, 2], PREDICT, layer, NONE,
-            host.first_token[host.batches], 0, 0, 0, 0,
+            machine, host.forecast, lane, PREDICT, layer, NONE, host.first_token[host.batches], 0,
+            host.state[SENT] if lane == CPU else 0, 0, 0,
         )  # fmt: skip
         await_ticket(machine, host.forecast, ticket)
         host.predicted_tokens[p] = predict(
@@ -382,15 +393,15 @@ def combine(machine: Machine, host: Host, layer: int) -> None:
     size_bytes = s[TOKENS] * host.costs.token_bytes
     returned = 0
     deferred = 0
+    if s[DEFERRED] > 0:
+        deferred = launch(
+            machine, forecast, H2D, RETURN, layer - 1, NONE, size_bytes, 1, s[DEFERRED], 0, 0
+        )
     if s[COMPUTED] > 0:
         returned = launch(
             machine, forecast, H2D, RETURN, layer, NONE, size_bytes, 0, s[COMPUTED], 0, 0
         )
-    if s[COMPUTED_DEFERRED] > 0:
-        deferred = launch(
-            machine, forecast, H2D, RETURN, layer, NONE, size_bytes, 1, s[COMPUTED_DEFERRED], 0, 0
-        )
     s[COMBINED] = launch(
-        machine, forecast, GPU, COMBINE, layer, NONE, s[TOKENS], 0, returned, s[DEFERRED], 0
+        machine, forecast, GPU, COMBINE, layer, NONE, s[TOKENS], 0, returned, deferred, 0
     )
-    s[DEFERRED] = deferred
+    s[DEFERRED] = s[COMPUTED_DEFERRED]

@@ -15,7 +15,9 @@ from moesim.log import Contents
 from moesim.machine import Machine, cancel, done
 from moesim.policies.api import Placement, Setting
 from moesim.types import (
+    BITS,
     COPY_IN,
+    CPU,
     DISK,
     DISK_READ,
     GPU,
@@ -29,7 +31,7 @@ from moesim.types import (
     IntArray,
 )
 
-WASTED_BYTES, WASTED, DROPPED, PREFETCHED, USED, ORDER, PENDING_FIRST, PENDING_LAST = range(8)
+WASTED_BYTES, DROPPED, PREFETCHED, USED, ORDER, PENDING_FIRST, PENDING_LAST = range(7)
 
 
 class Residency(NamedTuple):
@@ -63,6 +65,10 @@ class Residency(NamedTuple):
     """1: the run of what is staged here has been submitted, the slot can be had."""
     slot_order: IntArray
     """Age of what is staged here: higher is younger."""
+    slot_unused: IntArray
+    """Bytes that were copied in and that no run has used."""
+    slot_latest: IntArray
+    """Bytes of the latest copy into a slot."""
     slot_bytes: IntArray
     slot_next: IntArray
     """Links of the free lists."""
@@ -74,7 +80,7 @@ class Residency(NamedTuple):
     staging: IntArray
     """(staging slots,): their slot numbers; admission exchanges them."""
     queue: IntArray
-    """(layers * experts, 3): pending fetches (layer, expert, precision), as a ring."""
+    """(places, 5): pending fetches, a ring: layer, expert, precision, cause, ticket to wait for."""
     counters: IntArray
     has_disk: int
     fifo: int
@@ -114,6 +120,12 @@ def occupy(res: Residency, slot: int, layer: int, expert: int) -> None:
     """Note whose weights a slot holds, or will hold."""
     res.slot_layer[slot] = layer
     res.slot_expert[slot] = expert
+    res.slot_unused[slot] = 0
+    renew(res, slot)
+
+
+def renew(res: Residency, slot: int) -> None:
+    """Note that a staging slot's weights are wanted for a run to come, younger than all others."""
     res.slot_run[slot] = 0
     res.slot_order[slot] = res.counters[ORDER]
     res.counters[ORDER] += 1
@@ -140,18 +152,18 @@ def copy_in(
     start: int, part: int, precision: int, urgent: int, cause: int, after: int,
 ) -> int:  # fmt: skip
     """Submit the copy of a part into a slot, after whatever touches that slot last."""
+    size_bytes = part_bytes(forecast.costs, layer, precision, start, part)
     read = read_from_disk(machine, forecast, res, layer, expert)
     before = res.slot_ticket[slot]
     queue = H2D if urgent or res.fifo else H2D_BACKGROUND
     ticket = launch_expert(
         machine, forecast, queue, COPY_IN, layer, expert, NONE,
-        part_bytes(forecast.costs, layer, precision, start, part), start, part, precision, slot,
-        cause, before, read, after,
+        size_bytes, start, part, precision, slot, cause, before, read, after,
     )  # fmt: skip
     res.slot_before[slot] = before
     res.slot_ticket[slot] = ticket
-    if cause == PREFETCH:
-        res.counters[PREFETCHED] += 1
+    res.slot_latest[slot] = size_bytes
+    res.slot_unused[slot] += size_bytes
     return ticket
 
 
@@ -160,13 +172,8 @@ def take_back(machine: Machine, res: Residency, slot: int, ticket: int) -> bool:
     if res.slot_before[slot] == NONE or done(machine, ticket) or not cancel(machine, ticket):
         return False
     res.slot_ticket[slot] = res.slot_before[slot]
+    res.slot_unused[slot] -= res.slot_latest[slot]
     return True
-
-
-def waste(forecast: Forecast, res: Residency, layer: int, precision: int, part: int) -> None:
-    """Count bytes that were copied for nothing."""
-    res.counters[WASTED] += 1
-    res.counters[WASTED_BYTES] += part_bytes(forecast.costs, layer, precision, WHOLE - part, part)
 
 
 def forget_staged(
@@ -174,10 +181,9 @@ def forget_staged(
 ) -> int:
     """Let go of what is staged of an expert and return its slot, which is in no free list."""
     slot: int = res.staged_slot[layer, expert]
-    if res.slot_run[slot] == 0 and not take_back(
-        machine, res, slot, res.staged_ticket[layer, expert]
-    ):
-        waste(forecast, res, layer, res.staged_precision[layer, expert], res.staged[layer, expert])
+    if res.slot_run[slot] == 0:
+        take_back(machine, res, slot, res.staged_ticket[layer, expert])
+    res.counters[WASTED_BYTES] += res.slot_unused[slot]
     res.staged[layer, expert] = 0
     res.staged_slot[layer, expert] = NONE
     res.staged_ticket[layer, expert] = 0
@@ -189,10 +195,8 @@ def forget_cached(
 ) -> None:
     """Give up a cached expert, and what is staged beside a cached part of it: useless alone."""
     slot = res.cached_slot[layer, expert]
-    if not take_back(machine, res, slot, res.cached_ticket[layer, expert]) and (
-        res.cached_cause[layer, expert] != NO_CAUSE
-    ):
-        waste(forecast, res, layer, res.cached_precision[layer, expert], res.cached[layer, expert])
+    take_back(machine, res, slot, res.cached_ticket[layer, expert])
+    res.counters[WASTED_BYTES] += res.slot_unused[slot]
     if 0 < res.staged[layer, expert] < WHOLE:
         free_slot(res, forget_staged(machine, forecast, res, layer, expert), staging_pool(res))
     res.cached[layer, expert] = 0
@@ -240,25 +244,30 @@ def wrong_guess(res: Residency, layer: int, loads: IntArray) -> int:
     return NONE
 
 
+BACKGROUND, URGENT, FOR_A_RUN = range(3)
+"""How much a copy may take from others for a staging slot."""
+
+
 def staging_slot(
-    machine: Machine, forecast: Forecast, res: Residency, layer: int, loads: IntArray, urgent: int
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, loads: IntArray, might: int
 ) -> int:
     """Return a staging slot for a copy, or NONE.
 
-    A free one, else that of the oldest expert whose run is submitted (the copy waits for it). A
-    demand goes on: a wrong guess for this layer, the youngest fetch for another layer, at last the
-    youngest of this layer that has not run yet, which must be copied again.
+    A free one, else that of the oldest expert whose run is submitted (the copy waits for it). An
+    urgent copy goes on to the youngest fetch for another layer; one for a run of this layer, whose
+    routing is known, first takes a wrong guess for it, and at last the youngest expert of this
+    layer that has not run yet, which must be copied again.
     """
     slot = take_slot(res, staging_pool(res))
     if slot != NONE:
         return slot
     slot = oldest_run(res)
-    if slot == NONE and urgent == 1:
+    if slot == NONE and might == FOR_A_RUN:
         slot = wrong_guess(res, layer, loads)
-        if slot == NONE:
-            slot = youngest_unrun(res, layer, 1)
-        if slot == NONE:
-            slot = youngest_unrun(res, layer, 0)
+    if slot == NONE and might >= URGENT:
+        slot = youngest_unrun(res, layer, 1)
+    if slot == NONE and might == FOR_A_RUN:
+        slot = youngest_unrun(res, layer, 0)
     if slot != NONE:
         forget_staged(machine, forecast, res, res.slot_layer[slot], res.slot_expert[slot])
     return slot
@@ -291,14 +300,20 @@ def stage(
     res.staged_slot[layer, expert] = slot
     res.staged_precision[layer, expert] = precision
     res.staged_cause[layer, expert] = cause
+    if cause == PREFETCH:
+        res.counters[PREFETCHED] += 1
 
 
-def queue_pending(res: Residency, layer: int, expert: int, precision: int) -> None:
+def queue_pending(
+    res: Residency, layer: int, expert: int, precision: int, cause: int, after: int
+) -> None:
     """Let a background fetch wait for a staging slot: first come, first served."""
     at = res.counters[PENDING_LAST] % len(res.queue)
     res.queue[at, 0] = layer
     res.queue[at, 1] = expert
     res.queue[at, 2] = precision
+    res.queue[at, 3] = cause
+    res.queue[at, 4] = after
     res.counters[PENDING_LAST] += 1
     res.pending[layer, expert] = at + 1
 
@@ -312,22 +327,28 @@ def start_pending(
         target = res.queue[at, 0]
         expert = res.queue[at, 1]
         if res.pending[target, expert] == at + 1:
-            slot = staging_slot(machine, forecast, res, layer, loads, 0)
+            slot = staging_slot(machine, forecast, res, layer, loads, BACKGROUND)
             if slot == NONE:
                 return
             res.pending[target, expert] = 0
-            stage(machine, forecast, res, target, expert, slot, res.queue[at, 2], 0, PREFETCH, 0, 0)
+            stage(
+                machine, forecast, res, target, expert, slot, res.queue[at, 2], 0,
+                res.queue[at, 3], res.queue[at, 4], 0,
+            )  # fmt: skip
         res.counters[PENDING_FIRST] += 1
 
 
-def drop_pending(res: Residency, layer: int, loads: IntArray) -> None:
-    """Forget pending fetches of experts that turned out inactive."""
-    for i in range(res.counters[PENDING_FIRST], res.counters[PENDING_LAST]):
+def drop_pending(res: Residency, layer: int, before: int, loads: IntArray, load: int) -> None:
+    """Forget the layer's fetches that were pending before a place, of experts with at most `load`.
+
+    With 0 tokens those that turned out inactive; with any number, once the layer has run, all.
+    """
+    for i in range(res.counters[PENDING_FIRST], before):
         at = i % len(res.queue)
         expert = res.queue[at, 1]
         if (
             res.queue[at, 0] == layer
-            and loads[expert] == 0
+            and loads[expert] <= load
             and res.pending[layer, expert] == at + 1
         ):
             res.pending[layer, expert] = 0
@@ -354,7 +375,10 @@ def move_in(
     res.slot_before[slot] = NONE
     res.slot_ticket[slot] = ticket
     res.slot_ticket[source] = ticket
+    forecast.slots[source] = max(forecast.slots[source], forecast.slots[slot])
     occupy(res, slot, layer, expert)
+    res.slot_unused[slot] = res.slot_unused[source]
+    res.slot_unused[source] = 0
     res.cached[layer, expert] = part
     res.cached_slot[layer, expert] = slot
     res.cached_ticket[layer, expert] = ticket
@@ -378,9 +402,10 @@ def exchange(res: Residency, layer: int, expert: int, slot: int) -> None:
 
 
 def release_layer(
-    machine: Machine, forecast: Forecast, res: Residency, layer: int, before: int
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, before: int, combined: int
 ) -> None:
-    """Let leave what was staged for a layer before a given age, used or not, and its disk reads.
+    """Let leave what was staged for a layer before a given age, used or not, and its disk reads,
+    which were submitted before the layer's COMBINE.
 
     What is staged later, in the layer's own last hook, is meant for the next step.
     """
@@ -391,7 +416,43 @@ def release_layer(
             free_slot(res, slot, staging_pool(res))
     if res.has_disk:
         for expert in range(res.read_ticket.shape[1]):
-            res.read_ticket[layer, expert] = 0
+            if res.read_ticket[layer, expert] < combined:
+                res.read_ticket[layer, expert] = 0
+
+
+def check_placement(placement: Placement, setting: Setting) -> None:
+    """Raise PolicyError, naming field, value and what would be legal, for what cannot be placed."""
+    layers, experts = setting.layers, setting.experts
+    pools = len(placement.cache_slots)
+
+    def legal(field: str, holds: object, what: str) -> None:
+        if not holds:
+            raise PolicyError(f"place: {field}={getattr(placement, field)} must be {what}")
+
+    shape = f"of shape ({layers}, {experts}) with parts 0..{WHOLE}"
+    cached, on_disk = placement.cached, placement.on_disk
+    legal("cached", cached.shape == (layers, experts), shape)
+    legal("cached", cached.min() >= 0 and cached.max() <= WHOLE, shape)
+    legal("cache_slots", placement.cache_slots.min() >= 0, "0 or more")
+    legal("cache_slot_bytes", placement.cache_slot_bytes.shape == (pools,), f"of shape ({pools},)")
+    pool_of_layer = placement.pool_of_layer
+    legal("pool_of_layer", pool_of_layer.shape == (layers,), f"of shape ({layers},)")
+    in_range = pool_of_layer.min() >= 0 and pool_of_layer.max() < pools
+    legal("pool_of_layer", in_range, f"0..{pools - 1}")
+    legal("staging_slots", placement.staging_slots >= 0, "0 or more")
+    legal("staging_slot_bytes", placement.staging_slot_bytes >= 0, "0 or more")
+    legal(
+        "cached_precision", NONE <= placement.cached_precision < len(BITS), f"-1..{len(BITS) - 1}"
+    )
+    legal("batches", 1 <= placement.batches <= setting.sequences, f"1..{setting.sequences}")
+    legal("link", placement.link in ("priority", "fifo"), "priority or fifo")
+    legal("chunk_bytes", placement.chunk_bytes >= 0, "0 or more")
+    legal(
+        "on_disk", on_disk is None or on_disk.shape == (layers, experts), f"({layers}, {experts})"
+    )
+    for guess in placement.predictions:
+        on_a_processor = guess.lane in (GPU, CPU) and guess.distance >= 1 and guess.width >= 0
+        legal("predictions", on_a_processor, "on lane GPU or CPU, with a distance of 1 or more")
 
 
 def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residency:
@@ -405,15 +466,8 @@ def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residen
     precision = (
         setting.precision if placement.cached_precision == NONE else placement.cached_precision
     )
+    check_placement(placement, setting)
     pools = len(placement.cache_slots)
-    if placement.cached.shape != shape or placement.pool_of_layer.shape != (layers,):
-        raise PolicyError(f"placement: cached must be {shape} and pool_of_layer ({layers},)")
-    if placement.cached.min() < 0 or placement.cached.max() > WHOLE:
-        raise PolicyError(f"placement: cached parts must be 0..{WHOLE}")
-    if placement.cache_slots.min() < 0 or placement.staging_slots < 0:
-        raise PolicyError("placement: a pool cannot have a negative number of slots")
-    if placement.pool_of_layer.min() < 0 or placement.pool_of_layer.max() >= pools:
-        raise PolicyError(f"placement: pool_of_layer must be 0..{pools - 1}")
     counts = np.append(placement.cache_slots, placement.staging_slots).astype(np.int64)
     sizes = np.append(
         placement.cache_slot_bytes, placement.staging_slot_bytes or setting.expert_bytes
@@ -437,6 +491,8 @@ def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residen
         slot_before=np.zeros(slots, np.int64),
         slot_run=np.zeros(slots, np.int64),
         slot_order=np.zeros(slots, np.int64),
+        slot_unused=np.zeros(slots, np.int64),
+        slot_latest=np.zeros(slots, np.int64),
         slot_bytes=np.repeat(sizes, counts),
         slot_next=np.full(slots, NONE),
         free_first=np.full(pools + 1, NONE),
@@ -444,8 +500,8 @@ def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residen
         free_count=np.zeros(pools + 1, np.int64),
         pool_of_layer=placement.pool_of_layer.astype(np.int64),
         staging=np.arange(slots - placement.staging_slots, slots),
-        queue=np.zeros((2 * layers * experts, 3), np.int64),
-        counters=np.zeros(8, np.int64),
+        queue=np.zeros((2 * layers * experts, 5), np.int64),
+        counters=np.zeros(7, np.int64),
         has_disk=int(on_disk.any()),
         fifo=int(fifo),
         precision=setting.precision,

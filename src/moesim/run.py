@@ -176,7 +176,10 @@ def new_host(
     width = max([p.width for p in predictions] + [setting.top_k])
     tokens = setting.step_tokens
     costs = setting.costs
-    forecast = new_forecast(costs, profile.host.per_launch_ns, profile.host.per_sync_ns)
+    host_costs = profile.host
+    forecast = new_forecast(
+        costs, host_costs.per_launch_ns, host_costs.per_sync_ns, len(res.slot_bytes)
+    )
 
     def zeros(*shape: int) -> Any:
         return np.zeros(shape, np.int64)

@@ -12,7 +12,7 @@ from moesim.types import NONE, FloatArray, IntArray
 
 (
     COMBINED,  # the last COMBINE
-    DEFERRED,  # RETURN of results deferred to this layer
+    DEFERRED,  # the last EXPERT_CPU whose result is deferred to this layer
     ATTENTION_1,  # the last ATTENTION, and the one before it
     ATTENTION_2,
     DENSE_1,  # the last ATTENTION of the last layer, and of the one before it
@@ -43,7 +43,7 @@ RULES = (
     "no such layer or expert",
     "an inactive expert cannot run",
     "an expert runs once",
-    "FIRST runs what is cached and nothing is, or REST comes before FIRST",
+    "FIRST runs once, what is cached, and REST after it",
     "a demand copy needs a staging slot, and the placement has none",
     "the last layer cannot defer",
     "an active expert was left without a device",
@@ -56,7 +56,7 @@ RULES = (
     "only a wholly staged, uncached expert can be admitted",
     "gate_after is too late once the gates are submitted",
     "gates wait for at most three experts, which are cached or on their way",
-    "part must be 1..1024",
+    "part must be 1..1024, piece BOTH, FIRST or REST, into CACHE or STAGING",
     "no such precision",
     "shared experts run once, in dispatch",
     "too many fetches are pending",

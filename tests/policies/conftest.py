@@ -172,7 +172,7 @@ def make_desk() -> Callable[[Setting], Desk]:
             predicted_scores=np.zeros((1, tokens, setting.top_k)),
             predicted_loads=zeros(1, experts),
             costs=setting.costs,
-            forecast=new_forecast(setting.costs, 0, 0),
+            forecast=new_forecast(setting.costs, 0, 0, setting.slots),
         )
         return Desk(view, Plan(zeros(8 * experts + 256, 8), zeros(1)))
 

@@ -122,7 +122,10 @@ def contents(order: Order, layer: int) -> list[int]:
     """Return a layer's experts, oldest first, by asking for the oldest of those not yet named."""
     seen = np.zeros(EXPERTS, np.int64)
     found: list[int] = []
-    while (oldest := order_oldest(order, layer, seen)) != NONE:
+    for _ in range(EXPERTS + 1):
+        oldest = order_oldest(order, layer, seen)
+        if oldest == NONE:
+            break
         found.append(int(oldest))
         seen[oldest] = 1
     return found

@@ -7,6 +7,7 @@ from moesim.audit.form import Operation, Run, require, require_after
 from moesim.types import (
     ATTENTION,
     COMBINE,
+    CPU,
     DENSE_IN,
     EXPERT_CPU,
     EXPERT_GPU,
@@ -15,6 +16,7 @@ from moesim.types import (
     KV_IN,
     KV_OUT,
     NONE,
+    PREDICT,
     RETURN,
     SEND,
     SHARED,
@@ -96,19 +98,21 @@ def check_tiling(pieces: list[Operation], where: str) -> None:
 
 
 def check_cpu_results(run: Run, step: int, layer: int) -> None:
-    """One SEND, after all ATTENTIONs, precedes the CPU's experts; one RETURN carries their results
-    to this layer's COMBINE, and one the deferred results to the next layer's.
+    """One SEND, after all ATTENTIONs, precedes the CPU's experts and guesses; one RETURN carries
+    results to this layer's COMBINE, and one the deferred results to the next layer's.
     """
     experts, returns = run.find(EXPERT_CPU, step, layer), run.find(RETURN, step, layer)
     sends = run.find(SEND, step, layer)
+    guesses = [guess for guess in run.find(PREDICT, step, layer) if guess.queue == CPU]
     where = f"step {step}, layer {layer}"
-    law = f"completeness: {where} has {len(experts)} experts on the CPU and {len(sends)} SENDs"
-    require(len(sends) == bool(experts), law, *sends)
+    on_cpu = [*experts, *guesses]
+    law = f"completeness: {where} has {len(on_cpu)} operations on the CPU and {len(sends)} SENDs"
+    require(len(sends) == bool(on_cpu), law, *sends)
     for send in sends:
         for attention in run.find(ATTENTION, step, layer):
             require_after(send, attention, "completeness: SEND starts after the ATTENTIONs")
-        for expert in experts:
-            require_after(expert, send, "completeness: a CPU expert starts after SEND")
+        for operation in on_cpu:
+            require_after(operation, send, "completeness: the CPU starts after SEND")
     for operation in (*experts, *returns):
         require(operation.context in {0, 1}, "completeness: context is 0 or 1", operation)
     for deferred in (0, 1):
