@@ -40,12 +40,13 @@ class Dali(NamedTuple):
     """Greedy CPU-GPU assignment, prefetch of the next layer's busiest experts, swaps by workload.
 
     Rules from the paper (arXiv 2602.03495): assignment Eq. 3-9 and Algorithm 1, prefetch section
-    4.2, cache Algorithm 2. Inferred, the paper being silent: ties go to the lower id; prefetched
-    weights have slots of their own and leave after their layer; experts that are resident are
-    skipped when choosing what to prefetch; weights still on their way cost their remaining time;
-    the prompt does not count towards the window; copies share one FIFO link in the order demand,
-    prefetch, swap. The default evicts the lowest scores (the prose), not the highest (line 11 of
-    Algorithm 2), and swaps without asking whether it is worth it.
+    4.2, cache Algorithm 2. Inferred, the paper being silent: ties go to the lower id, and among
+    guesses to the better one; prefetched weights have slots of their own and leave after their
+    layer; experts that are resident are skipped when choosing what to prefetch; weights still on
+    their way cost their remaining time; the prompt does not count towards the window; copies share
+    one FIFO link in the order demand, prefetch, swap. The default evicts the lowest scores (the
+    prose), not the highest (line 11 of Algorithm 2), and swaps without asking whether it is worth
+    it.
     """
 
     prefetch_size: int

@@ -22,6 +22,7 @@ BUILTIN = {
     "static": "moesim.policies.static:Static",
 }
 GROUP = "moesim.policies"
+LEGAL = {int: "whole number >= 0", float: "number >= 0", bool: "true|false", str: "text"}
 
 
 class Parameter(NamedTuple):
@@ -35,10 +36,8 @@ class Parameter(NamedTuple):
     def legal(self) -> str:
         """What may be written for it."""
         if get_origin(self.type) is Literal:
-            return "|".join(get_args(self.type))
-        return {int: "whole number >= 0", float: "number >= 0", bool: "true|false"}.get(
-            self.type, "text"
-        )
+            return "|".join(map(str, get_args(self.type)))
+        return LEGAL.get(self.type, "")
 
 
 class Chosen(NamedTuple):
@@ -141,6 +140,12 @@ def check(name: str, cls: type) -> type:
             raise InputError(
                 f"policy '{name}': {attribute} is no hook; there are: {', '.join(HOOKS)}; other "
                 "functions belong outside the class"
+            )
+    for parameter in parameters_of(cls):
+        if parameter.default is inspect.Parameter.empty or parameter.legal == "":
+            raise InputError(
+                f"policy '{name}': parameter {parameter.name} needs a default and one of the types "
+                "int, float, bool, str, or a Literal of texts"
             )
     return cls
 

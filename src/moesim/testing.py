@@ -83,8 +83,10 @@ def times(costs: Costs, k: int) -> Costs:
     return costs._replace(**scaled, rate=rate)
 
 
-def make_model(layers: int, experts: int, top_k: int) -> ModelSpec:
-    """Return the smallest model of a shape."""
+def make_model(
+    layers: int, experts: int, top_k: int, *, hidden: int = 8, expert_width: int = 8
+) -> ModelSpec:
+    """Return a model without anything but attention and experts."""
     return ModelSpec(
         name="small",
         model_type="mixtral",
@@ -92,8 +94,8 @@ def make_model(layers: int, experts: int, top_k: int) -> ModelSpec:
         layer_ids=tuple(range(layers)),
         experts=experts,
         top_k=top_k,
-        hidden=8,
-        expert_width=8,
+        hidden=hidden,
+        expert_width=expert_width,
         shared_width=0,
         dense_width=0,
         vocab=8,

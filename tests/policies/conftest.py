@@ -7,34 +7,17 @@ import pytest
 from moesim.audit import audit
 from moesim.costs import build_costs
 from moesim.forecast import new_forecast
-from moesim.model import GroupedQuery, ModelSpec, expert_bytes
+from moesim.model import expert_bytes
 from moesim.policies.api import Plan, Setting, View
 from moesim.policies.registry import choose
 from moesim.profile import HardwareProfile, load_profile
 from moesim.run import prepare
 from moesim.sim.replay import Replayed, replay
+from moesim.testing import make_model
 from moesim.traces.format import Trace
 from moesim.traces.synthetic import synthesize
 from moesim.traces.workload import cut
 from moesim.types import BITS, DECODE, NONE
-
-
-def tiny_model(layers: int, experts: int, top_k: int) -> ModelSpec:
-    """Return a model without anything but attention and experts."""
-    return ModelSpec(
-        name="tiny",
-        model_type="tiny",
-        hidden_layers=layers,
-        layer_ids=tuple(range(layers)),
-        experts=experts,
-        top_k=top_k,
-        hidden=1024,
-        expert_width=2048,
-        shared_width=0,
-        dense_width=0,
-        vocab=1000,
-        attention=GroupedQuery(heads=4, kv_heads=4, head_dim=64),
-    )
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +45,7 @@ def run(trace: Trace, profile: HardwareProfile) -> Callable[..., Replayed]:
         generate: int | None = None,
         seed: int = 0,
     ) -> Replayed:
-        model = tiny_model(of.layers, of.n_experts, of.top_k)
+        model = make_model(of.layers, of.n_experts, of.top_k, hidden=1024, expert_width=2048)
         prepared = prepare(
             *(of, cut(of, batch, prompt, generate), model, profile, choose(spec)),
             budget_bytes=slots * expert_bytes(model),
