@@ -66,7 +66,7 @@ def make_setting(profile: HardwareProfile) -> Callable[..., Setting]:
     def make(
         slots: int, *, layers: int = 2, experts: int = 8, top_k: int = 2, seed: int = 0
     ) -> Setting:
-        model = tiny_model(layers, experts, top_k)
+        model = make_model(layers, experts, top_k, hidden=1024, expert_width=2048)
         return Setting(
             layers=layers,
             experts=experts,
