@@ -223,6 +223,8 @@ class SimpyMachine:
         """See `Machine.wait`."""
         op = self.open.get(ticket)
         if op is None:
+            if ticket > self.tickets:
+                raise DeadlockError(f"ticket {ticket} was never submitted, and cannot end")
             return
         env = self.env
         step = env.step

@@ -427,7 +427,10 @@ def check_placement(placement: Placement, setting: Setting) -> None:
 
     def legal(field: str, holds: object, what: str) -> None:
         if not holds:
-            raise PolicyError(f"place: {field}={getattr(placement, field)} must be {what}")
+            value = getattr(placement, field)
+            if isinstance(value, np.ndarray):
+                value = f"an array {value.shape} of {value.min()}..{value.max()}"
+            raise PolicyError(f"place: {field}={value} must be {what}")
 
     shape = f"of shape ({layers}, {experts}) with parts 0..{WHOLE}"
     cached, on_disk = placement.cached, placement.on_disk
