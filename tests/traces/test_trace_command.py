@@ -43,7 +43,7 @@ def test_info_prints_what_decides() -> None:
     for words in (
         "qwen3-30b-a3b: 48 layers, 128 experts, top-8; 635 tokens (320 prefill, 315 decode)",
         "guesses: gate1",
-        "Hit ratio by cache size",
+        "Hit rate of a cache of so many experts per layer",
         "Experts used again",
         "distinct experts of 16 tokens",
     ):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moesim.cli.common import SHARE, Commands, check_regular
+from moesim.cli.common import SHARE, Commands, check_regular, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,9 +94,7 @@ def info(path: Path, as_json: bool) -> None:
 
     found = summary(read_trace(path))
     if as_json:
-        import json
-
-        click.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
     from rich.console import Console
 
@@ -124,13 +122,13 @@ def _print(found: dict[str, Any], console: "Console") -> None:
 
 def _hits(found: dict[str, Any]) -> "Table":
     ratios = found["hit_ratio"]
-    table = _table("Hit ratio by cache size (experts per layer; mean over layers)", "cache")
+    table = _table("Hit rate of a cache of so many experts per layer, mean over layers", "rule")
     for size in ratios["lru"]:
         table.add_column(f"{size} ({int(size) / found['experts']:.0%})", justify="right")
     names = {
-        "static": "hottest of the first fifth",
-        "lru": "least recently used leaves",
-        "belady": "ideal (knows the future)",
+        "static": "static: hottest of first fifth",
+        "lru": "LRU",
+        "belady": "ideal: knows the future",
     }
     for key, name in names.items():
         table.add_row(name, *map(_text, ratios[key].values()))
@@ -180,8 +178,8 @@ def _popularity(found: dict[str, Any]) -> "Table":
 def _table(title: str, first: str) -> "Table":
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
+    table = Table(title=title, title_justify="left", box=None, header_style="dim")
+    table.add_column(first, no_wrap=True)
     return table
 
 
