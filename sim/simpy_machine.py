@@ -119,6 +119,14 @@ class Wakeup(simpy.Event):
         machine.env.schedule(self, priority, delay)
 
 
+class Clock(simpy.Environment):
+    """SimPy's environment; the host passes most of its time while nothing is due."""
+
+    def skip(self, ns: int) -> None:
+        """Let so much time pass, in which and at the end of which no event is due."""
+        self._now += ns
+
+
 class SimpyMachine:
     """Lanes, queues and a clock; see `moesim.machine.Machine` for its verbs."""
 
@@ -132,7 +140,7 @@ class SimpyMachine:
         `jitter` stretches each operation by up to so many 1024ths, drawn from (seed, ticket).
         `record` keeps the full log.
         """
-        self.env: Any = simpy.Environment(initial_time=0)  # all delays are int, and so is its clock
+        self.env: Any = Clock(initial_time=0)  # all delays are int, and so is its clock
         self.costs = costs
         self.feed = feed
         shared: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -245,14 +253,17 @@ class SimpyMachine:
 
     def pause(self, ns: int) -> None:
         """See `Machine.pause`."""
-        begun = self.env.now
-        event = Wakeup(self, HOST, HOST, ns)
-        step = self.env.step
-        while event.callbacks is not None:
-            step()
+        env = self.env
+        begun = env.now
+        if env.peek() > begun + ns:
+            env.skip(ns)
+        else:
+            event = Wakeup(self, HOST, HOST, ns)
+            while event.callbacks is not None:
+                env.step()
         self.paused_ns += ns
         if self.record and ns > 0:
-            self.segments.append((0, int(begun), int(self.env.now), 1))
+            self.segments.append((0, begun, env.now, 1))
         if self.running[GPU] is None and not self.queues[GPU]:
             self.charge(WAIT_HOST)
 
@@ -319,19 +330,21 @@ class SimpyMachine:
     def start_pass(self) -> None:
         """Start what can start, in lane order, once all that ends in this instant has ended."""
         queues = self.queues
-        for lane in range(len(LANES)):
-            if queues[lane] or (lane == H2D and queues[H2D_BACKGROUND]):
+        for lane, op in enumerate(self.running):
+            if (op is None and queues[lane]) or (
+                lane == H2D and (queues[lane] or queues[H2D_BACKGROUND])
+            ):
                 self.start_what_can(lane)
 
     def start_what_can(self, lane: int) -> None:
         """Start the next operation of a lane, or aim at the border where it will be preempted."""
         running = self.running[lane]
         if running is None:
-            op = self.ready(lane)
-            if op is None and lane == H2D:
-                op = self.ready(H2D_BACKGROUND)
-            if op is not None:
-                self.start(lane, op)
+            waiting = self.queues[lane]
+            if waiting and waiting[0].blockers == 0:
+                self.start(lane, waiting[0])
+            elif lane == H2D and (background := self.ready(H2D_BACKGROUND)) is not None:
+                self.start(lane, background)
         elif (
             lane == H2D
             and self.border < 0
@@ -353,9 +366,11 @@ class SimpyMachine:
         self.running[lane] = op
         self.started[lane] = self.since[lane] = now
         self.busy_set |= 1 << lane
-        self.border = -1 if lane == H2D else self.border
-        self.change_rates()
-        self.aim(lane)
+        if lane == H2D:
+            self.border = -1
+        if self.rates[self.busy_set] is not self.rate:
+            self.change_rates()
+        self.events[lane] = Wakeup(self, lane, lane, -(-op.left // self.rate[lane]))
 
     def stop(self, lane: int, op: Operation, done: int) -> None:
         """Take an operation off its lane, done or preempted."""
@@ -366,7 +381,8 @@ class SimpyMachine:
         self.running[lane] = None
         self.events[lane] = None
         self.busy_set &= ~(1 << lane)
-        self.change_rates()
+        if self.rates[self.busy_set] is not self.rate:
+            self.change_rates()
         if self.env.peek() > now:
             self.start_pass()
         elif not self.passing:
@@ -384,8 +400,6 @@ class SimpyMachine:
     def change_rates(self) -> None:
         """Let every lane go on at the speed that the lanes now busy leave it."""
         rates = self.rates[self.busy_set]
-        if rates is self.rate:
-            return
         before = self.rate
         changed = [
             lane
@@ -416,8 +430,8 @@ class SimpyMachine:
             op = self.running[lane]
             if op is None:
                 return
-            self.settle(lane)
             if lane == H2D and self.border > 0:
+                self.settle(lane)
                 self.pass_border(op)
             else:
                 self.complete(lane, op)

@@ -100,18 +100,18 @@ def launch_expert(
     )  # fmt: skip
     phase = forecast.clock[PHASE]
     ns = duration_ns(forecast.costs, phase, kind, layer, amount, context, part, precision)
-    start = max(forecast.clock[NOW], forecast.free[queue])
-    if after0 > 0:
-        start = max(start, end_ns(forecast, after0))
-    if after1 > 0:
-        start = max(start, end_ns(forecast, after1))
-    if after2 > 0:
-        start = max(start, end_ns(forecast, after2))
-    if slot != NONE:
-        start = max(start, forecast.slots[slot])
-    if queue == H2D_BACKGROUND:
-        start = max(start, forecast.free[H2D])
-    elif queue == H2D and forecast.free[H2D_BACKGROUND] > start:
+    start = forecast.free[queue]
+    for moment in (
+        forecast.clock[NOW],
+        end_ns(forecast, after0) if after0 > 0 else 0,
+        end_ns(forecast, after1) if after1 > 0 else 0,
+        end_ns(forecast, after2) if after2 > 0 else 0,
+        forecast.slots[slot] if slot != NONE else 0,
+        forecast.free[H2D] if queue == H2D_BACKGROUND else 0,
+    ):
+        if moment > start:  # noqa: PLR1730  runs five times for every operation; max is slower
+            start = moment
+    if queue == H2D and forecast.free[H2D_BACKGROUND] > start:
         forecast.free[H2D_BACKGROUND] += ns
     forecast.free[queue] = start + ns
     if slot != NONE:
