@@ -352,7 +352,7 @@ class SimpyMachine:
             and self.ready(H2D) is not None
         ):
             self.settle(H2D)
-            self.border = border_left(running)
+            self.border = border_left(running, self.started[H2D] == self.env.now)
             if self.border > 0:
                 self.aim(H2D)
 
@@ -524,15 +524,16 @@ def wait_of(kind: int) -> int:
     return WAIT_FOR.get(kind, WAIT_CPU)
 
 
-def border_left(op: Operation) -> int:
+def border_left(op: Operation, just_started: bool) -> int:
     """Return the work left at a copy's next chunk border; 0 if it ends before one.
 
-    A copy of n chunks may be cut at equal n-ths of its work, once it has done some of it.
+    A copy of n chunks may be cut at equal n-ths of its work. A chunk that was just started, at the
+    border before it, is carried out.
     """
     if op.work == 0:
         return 0
-    progress = op.work - op.left
-    border = max(1, -(-progress * op.chunks // op.work))
+    chunks_done = (op.work - op.left) * op.chunks
+    border = chunks_done // op.work + 1 if just_started else -(-chunks_done // op.work)
     return op.work - -(-border * op.work // op.chunks)
 
 
