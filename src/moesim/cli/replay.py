@@ -309,7 +309,8 @@ def show(result: dict[str, Any], run: "Replayed") -> None:
         f"budget     {about['budget_bytes'] / 2**30:.2f} GiB, room for "
         f"{min(run.prepared.setting.slots, experts)} of {experts} experts\n"
         f"workload   {count} sequence{'s' if count > 1 else ''}, "
-        f"{result['prompt_tokens']} prompt + {result['output_tokens']} generated tokens\n",
+        f"{result['prompt_tokens']} prompt + {result['output_tokens']} generated tokens"
+        f"{' in all' if count > 1 else ''}\n",
         soft_wrap=True,
     )
 
