@@ -80,7 +80,7 @@ def test_rate_on_a_recorded_trace() -> None:
 def test_memory() -> None:
     """At most twice the trace and 150 MB, in a process of its own."""
     path = RECORDED if RECORDED.exists() else example_path()
-    arguments = ["replay", str(path), "--prompt", "64", "--generate", "64", "--json"]
+    arguments = ["replay", str(path), "--prompt", "64", "--generate", "256", "--json"]
     code = (
         "import resource, sys; from moesim.cli import main\n"
         f"sys.argv = ['moesim', *{arguments!r}]\n"

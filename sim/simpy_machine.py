@@ -78,8 +78,7 @@ class Operation:
 
     __slots__ = (
         "after", "amount", "blockers", "cause", "chunks", "dependents", "expert", "held_up_by",
-        "kind", "layer", "left", "queue", "ready_ns", "slot", "source", "start_ns", "ticket",
-        "work",
+        "kind", "layer", "left", "queue", "ready_ns", "source", "start_ns", "ticket", "work",
     )  # fmt: skip
 
     ticket: int
@@ -87,7 +86,6 @@ class Operation:
     kind: int
     layer: int
     expert: int
-    slot: int
     amount: int
     cause: int
     source: int
@@ -194,7 +192,6 @@ class SimpyMachine:
         op.kind = kind
         op.layer = layer
         op.expert = expert
-        op.slot = slot
         op.amount = amount
         op.cause = cause
         op.source = source_of(self.costs, kind, amount, precision)
@@ -362,6 +359,7 @@ class SimpyMachine:
         self.queues[op.queue].popleft()
         if lane == GPU:
             self.charge_wait(op.held_up_by)
+        op.held_up_by = None  # else a chain of operations that are done stays in memory
         op.start_ns = now
         self.running[lane] = op
         self.started[lane] = self.since[lane] = now

@@ -126,26 +126,26 @@ def test_jitter_stretches_and_repeats(case: Case) -> None:
     """Each operation takes between once and (1 + jitter) times its time, the same every time."""
     calm, shaken, again = (case.run(Wild, jitter=jitter) for jitter in (0, 512, 512))
     assert (shaken.log.segments == again.log.segments).all()
-    if len(calm.log.operations) == len(shaken.log.operations):
-        same = calm.log.operations["kind"] == shaken.log.operations["kind"]
-        short = calm.log.operations["duration_ns"][same]
-        long = shaken.log.operations["duration_ns"][same]
-        moved = calm.log.operations["amount"][same] == shaken.log.operations["amount"][same]
-        assert (short[moved] <= long[moved]).all()
-        assert (long[moved] <= short[moved] * 1.5).all()
+    short, long = calm.log.operations, shaken.log.operations
+    for column in ("kind", "layer", "expert", "amount", "context", "part", "precision"):
+        assert (short[column] == long[column]).all()
+    assert (short["duration_ns"] <= long["duration_ns"]).all()
+    assert (long["duration_ns"] <= short["duration_ns"] * 1.5).all()
 
 
 def test_a_copy_of_no_time_costs_what_full_residency_costs() -> None:
-    """With free copies, loading on demand is as fast as having everything there."""
+    """With free copies, loading on demand is as fast as having everything there.
+
+    Free is 1 ns, since times are rounded up: each copy delays the run by at most that.
+    """
     rng = np.random.default_rng(1)
     choices = np.array([[rng.permutation(4)[:2] for _ in range(2)] for _ in range(6)])
     costs = lab.make_costs(2, attention=50, gate=10, gpu=40, combine=5, head=7)
-    costs = costs._replace(rate=np.array([[0, 1 << 62]] * 5))
-    loaded = lab.run(
-        choose("lru"), choices, costs._replace(expert_bytes=costs.expert_bytes), slots=3
-    )
+    loaded = lab.run(choose("lru"), choices, costs, slots=3)
     resident = lab.run(choose("static"), choices, costs, slots=8)
-    assert lab.makespan_ns(loaded) - lab.makespan_ns(resident) in range(13)  # 1 ns per copy at most
+    copies = len(lab.spans(loaded, "copy_in"))
+    assert copies > 0
+    assert 0 <= lab.makespan_ns(loaded) - lab.makespan_ns(resident) <= copies
 
 
 def check_tables(res: Residency) -> None:

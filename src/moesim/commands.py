@@ -1,7 +1,7 @@
 """Carry out what a policy ordered, and refuse what it may not order."""
 
 from moesim.costs import part_bytes
-from moesim.forecast import await_ticket, launch, launch_expert
+from moesim.forecast import PHASE, await_ticket, launch, launch_expert
 from moesim.machine import Machine, promote
 from moesim.policies.api import (
     ADMIT,
@@ -157,7 +157,7 @@ def carry_out_one(  # noqa: PLR0911  one answer per command
             rows[at, 6], rows[at, 7],
         )  # fmt: skip
     if code == EVICT:
-        return evict(machine, host, hook, layer, target, expert)
+        return evict(machine, host, layer, target, expert)
     if code == ADMIT:
         return admit(machine, host, target, expert, rows[at, 3])
     if code == CANCEL:
@@ -193,7 +193,7 @@ def runnable(host: Host, hook: int, expert: int) -> int:
 
 def count_outcome(host: Host, expert: int, outcome: int) -> None:
     """Count an activation, once by expert and once for each of its tokens."""
-    phase = host.steps.phase[host.state[BAD_STEP]]
+    phase = host.forecast.clock[PHASE]
     host.counts[phase, outcome, 0] += 1
     host.counts[phase, outcome, 1] += host.loads[expert]
 
@@ -440,7 +440,7 @@ def admit(machine: Machine, host: Host, target: int, expert: int, part: int) -> 
     return OK
 
 
-def evict(machine: Machine, host: Host, hook: int, layer: int, target: int, expert: int) -> int:
+def evict(machine: Machine, host: Host, layer: int, target: int, expert: int) -> int:
     """Give up a cached expert."""
     if host.res.cached[target, expert] == 0:
         return NOT_CACHED
@@ -451,7 +451,7 @@ def evict(machine: Machine, host: Host, hook: int, layer: int, target: int, expe
 
 
 def cancel(machine: Machine, host: Host, target: int, expert: int) -> int:
-    """Take back a fetch into staging that is pending or has not started."""
+    """Give up a fetch into staging whose expert has not run."""
     res = host.res
     if res.pending[target, expert] > 0:
         res.pending[target, expert] = 0

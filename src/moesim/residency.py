@@ -283,19 +283,9 @@ def stage(
         start = max(start, res.cached[layer, expert])
     occupy(res, slot, layer, expert)
     res.staged_ticket[layer, expert] = copy_in(
-        machine,
-        forecast,
-        res,
-        layer,
-        expert,
-        slot,
-        start,
-        WHOLE - start,
-        precision,
-        urgent,
-        cause,
+        machine, forecast, res, layer, expert, slot, start, WHOLE - start, precision, urgent, cause,
         after,
-    )
+    )  # fmt: skip
     res.staged[layer, expert] = WHOLE - start
     res.staged_slot[layer, expert] = slot
     res.staged_precision[layer, expert] = precision
@@ -515,9 +505,9 @@ def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residen
         slot = take_slot(res, res.pool_of_layer[layer])
         part = int(placement.cached[layer, expert])
         if slot == NONE:
-            raise PolicyError(f"placement: layer {layer} has more resident experts than slots")
+            raise PolicyError(f"place: layer {layer} has more resident experts than slots")
         if part_bytes(setting.costs, layer, precision, 0, part) > res.slot_bytes[slot]:
-            raise PolicyError(f"placement: expert {expert} of layer {layer} does not fit its slot")
+            raise PolicyError(f"place: expert {expert} of layer {layer} does not fit its slot")
         occupy(res, int(slot), layer, expert)
         res.cached[layer, expert] = part
         res.cached_slot[layer, expert] = slot
