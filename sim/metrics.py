@@ -196,8 +196,6 @@ def explain(result: dict[str, Any]) -> str:
             line += f"; {wasted:.0%} of what is copied is never used"
     elif what == "wait_cpu":
         line += f"waits for results of the CPU, which is {lanes['cpu']}"
-        if causes and result["lanes"]["h2d"] > result["lanes"]["cpu"]:
-            line += f"; they return over the link, which is {lanes['h2d']} with weights ({causes})"
     elif what in WAITS_IN_WORDS:
         line += f"waits for {WAITS_IN_WORDS[what]}"
     else:

@@ -22,6 +22,7 @@ from moesim.policies.api import (
     run_on_cpu,
     run_on_gpu,
 )
+from moesim.sim.metrics import TIMES
 from moesim.traces.format import MISSING
 from moesim.types import WHOLE
 
@@ -387,6 +388,33 @@ def test_what_lives_on_disk_is_read_first() -> None:
         ("cpu", "expert_cpu", 0, 1, 202, 232),
     ]
     assert lab.spans(done, "return")[0] == ("h2d", "return", 0, -1, 232, 333)
+
+
+class Crowded(NamedTuple):
+    """The CPU computes expert 1 while the link is busy with a fetch for layer 1."""
+
+    @classmethod
+    def new(cls, setting: Setting) -> "Crowded":
+        return cls()
+
+    def place(self, setting: Setting) -> Placement:
+        return lab.placement(setting, [(0, 0), (1, 0)])
+
+    def dispatch(self, view: View, plan: Plan) -> None:
+        run_on_gpu(plan, 0)
+        if view.layer == 0:
+            fetch(plan, 1, 2, urgent=1)
+            run_on_cpu(plan, 1)
+
+
+def test_results_that_queue_behind_weights_wait_for_weights() -> None:
+    """Expert 0 ends at 5, the CPU at 50, the fetch at 200: 45 for the CPU, 150 for the link."""
+    costs = lab.make_costs(2, gpu=5, cpu=50, copy_ns_per_kib=200)
+    done = lab.run(Crowded, [[[0, 1], [0, MISSING]]], costs)
+
+    assert lab.spans(done, "return") == [("h2d", "return", 0, -1, 200, 200)]
+    time_ns = dict(zip(TIMES, done.heads[-1].time_ns, strict=True))
+    assert (time_ns["wait_cpu"], time_ns["wait_weights"]) == (45, 150)
 
 
 class Deferring(NamedTuple):

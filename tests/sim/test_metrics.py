@@ -263,14 +263,6 @@ def test_the_cpu_is_named_with_how_busy_it_is() -> None:
     )
 
 
-def test_results_that_queue_behind_weights_are_not_blamed_on_the_cpu() -> None:
-    crowded = result(wait_cpu=60)
-    crowded["lanes"]["h2d"] = 0.9
-    assert explain(crowded).endswith(
-        "they return over the link, which is 90% busy with weights (75% demand, 25% prefetch)"
-    )
-
-
 @pytest.mark.parametrize(
     ("what", "words"),
     [
