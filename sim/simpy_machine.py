@@ -7,7 +7,7 @@ busy; time is rounded up only at the end of an operation or at a preemption.
 """
 
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import simpy
@@ -16,20 +16,27 @@ from moesim.costs import Costs, duration_ns, source_of
 from moesim.errors import DeadlockError
 from moesim.log import OPERATION, SEGMENT
 from moesim.run import Feed
+from moesim.sim.rules import (
+    FULL_SPEED,
+    TIMES,
+    WAIT_CPU,
+    WAIT_HOST,
+    WAIT_WEIGHTS,
+    Totals,
+    border_left,
+    chunk_count,
+    jittered_ns,
+    stuck,
+    wait_of,
+)
 from moesim.types import (
-    COPY_IN,
-    DENSE_IN,
-    DISK_READ,
     GPU,
     H2D,
     H2D_BACKGROUND,
     HEAD,
     KINDS,
-    KV_IN,
-    KV_OUT,
     LANE_OF_QUEUE,
     LANES,
-    MOVE,
     QUEUES,
     RETURN,
     SOURCES,
@@ -38,39 +45,8 @@ from moesim.types import (
     as_scalars,
 )
 
-FULL_SPEED = 1024
 START_PASS = len(LANES)
 HOST = START_PASS + 1
-
-WAITS = ("weights", "cpu", "host", "kv", "dense", "disk")
-"""What the GPU may have to wait for."""
-WAIT_WEIGHTS, WAIT_CPU, WAIT_HOST, WAIT_KV, WAIT_DENSE, WAIT_DISK = range(
-    MOVE + 1, MOVE + 1 + len(WAITS)
-)
-TIMES = MOVE + 1 + len(WAITS)
-"""Time is split into the kinds of the GPU lane, 0..MOVE, and these waits."""
-
-WAIT_FOR = {
-    COPY_IN: WAIT_WEIGHTS,
-    KV_IN: WAIT_KV,
-    KV_OUT: WAIT_KV,
-    DENSE_IN: WAIT_DENSE,
-    DISK_READ: WAIT_DISK,
-}
-
-
-class Totals(NamedTuple):
-    """What a machine has added up at the end of a HEAD, or after draining."""
-
-    now_ns: int
-    time_ns: tuple[int, ...]
-    """(TIMES,): what the GPU lane did or waited for; sums to `now_ns`."""
-    busy_ns: tuple[int, ...]
-    """(lanes,): work under way included up to now."""
-    copied_bytes: IntArray
-    """(kinds, causes): of operations that are done."""
-    source_ns: tuple[int, ...]
-    """(sources,): duration of operations that are done, by what their numbers rest on."""
 
 
 class Operation:
@@ -195,12 +171,9 @@ class SimpyMachine:
         op.amount = amount
         op.cause = cause
         op.source = source_of(self.costs, kind, amount, precision)
-        if self.jitter:
-            ns += ns * (draw(self.seed, ticket) % (self.jitter + 1)) // FULL_SPEED
+        ns = jittered_ns(ns, self.jitter, self.seed, ticket)
         op.work = op.left = ns * FULL_SPEED
-        op.chunks = 1
-        if queue == H2D_BACKGROUND and self.chunk_bytes > 0:
-            op.chunks = max(1, -(-amount // self.chunk_bytes))
+        op.chunks = chunk_count(queue, amount, self.chunk_bytes, op.work)
         op.after = (after0, after1, after2)
         op.blockers = 0
         op.held_up_by = None
@@ -349,7 +322,8 @@ class SimpyMachine:
             and self.ready(H2D) is not None
         ):
             self.settle(H2D)
-            self.border = border_left(running, self.started[H2D] == self.env.now)
+            just_started = self.started[H2D] == self.env.now
+            self.border = border_left(running.work, running.left, running.chunks, just_started)
             if self.border > 0:
                 self.aim(H2D)
 
@@ -505,42 +479,11 @@ class SimpyMachine:
         """Say what a wait without end waits for."""
         waits = [t for t, other in self.open.items() if op in other.dependents]
         head = self.queues[op.queue][0]
-        behind = f", behind ticket {head.ticket} ({KINDS[head.kind]})" if head is not op else ""
-        return (
-            f"ticket {op.ticket} ({KINDS[op.kind]}, layer {op.layer}, expert {op.expert}) on queue "
-            f"{QUEUES[op.queue]} can never end: it waits for tickets {waits}{behind}"
+        return stuck(
+            op.ticket, op.kind, op.layer, op.expert, op.queue, waits, (head.ticket, head.kind)
         )
 
     def logged(self) -> tuple[Any, Any]:
         """Return the recorded operations and segments as arrays of `log.OPERATION`, `SEGMENT`."""
         operations = np.array([tuple(row) for row in self.operations.values()], OPERATION)
         return operations, np.array(self.segments, SEGMENT)
-
-
-def wait_of(kind: int) -> int:
-    """Say what the GPU waits for when it waits for an operation of another lane."""
-    return WAIT_FOR.get(kind, WAIT_CPU)
-
-
-def border_left(op: Operation, just_started: bool) -> int:
-    """Return the work left at a copy's next chunk border; 0 if it ends before one.
-
-    A copy of n chunks may be cut at equal n-ths of its work. A chunk that was just started, at the
-    border before it, is carried out.
-    """
-    if op.work == 0:
-        return 0
-    chunks_done = (op.work - op.left) * op.chunks
-    border = chunks_done // op.work + 1 if just_started else -(-chunks_done // op.work)
-    return op.work - -(-border * op.work // op.chunks)
-
-
-def draw(seed: int, ticket: int) -> int:
-    """Return a 31-bit number that depends on seed and ticket alone.
-
-    Products stay below 2**63, so that Python and compiled code draw the same.
-    """
-    x = (seed * 2654435 + ticket * 40503 + 12345) & 0x7FFFFFFF
-    for multiplier in (0x45D9F3B, 0x119DE1F3):
-        x = ((x ^ (x >> 16)) * multiplier) & 0x7FFFFFFF
-    return x ^ (x >> 15)
