@@ -23,6 +23,7 @@ from moesim.policies.api import (
 from moesim.policies.parts.assign import all_on, exact, greedy, threshold
 from moesim.policies.parts.cache import Window, lru_use, new_window, window_count, window_due
 from moesim.policies.parts.loading import LruCache, load, new_lru_cache
+from moesim.policies.parts.order import sort_by
 from moesim.types import DECODE, NONE, WHOLE, IntArray
 
 GREEDY, EXACT, THRESHOLD, RESIDENT_ELSE_CPU, ALL_GPU = range(5)
@@ -177,7 +178,10 @@ class Dali(NamedTuple):
         window = self.window
         window_count(window, view.layer, view.active, view.n_active, view.loads)
         if window_due(window, view.layer, self.w_size, self.early):
-            swap(view, plan, window, self.u_size, self.guarded, self.literal)
+            swap(
+                view, plan, window, self.u_size, self.guarded, self.literal, self.candidates,
+                self.listed,
+            )  # fmt: skip
             window.score[view.layer, :] = 0
 
 
@@ -253,24 +257,31 @@ def rank_guesses(view: View, candidates: IntArray, listed: IntArray) -> int:
         for token in range(view.predicted_tokens[0]):
             expert = view.predicted_ids[0, token, rank]
             if expert != NONE and listed[expert] == 0:
-                listed[expert] = 1
+                # Each token more counts for more than all places in the list.
+                listed[expert] = view.predicted_loads[0, expert] * len(listed) + len(listed) - n
                 candidates[n] = expert
                 n += 1
-    by_load = np.argsort(-view.predicted_loads[0][candidates[:n]], kind="mergesort")
-    candidates[:n] = candidates[:n][by_load]
+    sort_by(candidates, n, listed, -1)
     return n
 
 
-def swap(view: View, plan: Plan, window: Window, size: int, guarded: int, literal: int) -> None:
+def swap(
+    view: View, plan: Plan, window: Window, size: int, guarded: int, literal: int, best: IntArray,
+    worst: IntArray,
+) -> None:  # fmt: skip
     """Replace the `size` cached experts with the lowest scores by the absent ones with the highest.
 
     Pairs are formed from both ends; `guarded` leaves out pairs that gain nothing, `literal` evicts
-    the highest scores as line 11 of Algorithm 2 has it.
+    the highest scores as line 11 of Algorithm 2 has it. The last two arguments are scratch space
+    (experts,).
     """
     layer = view.layer
     score = window.score[layer]
-    best = np.argsort(-score, kind="mergesort")
-    worst = best if literal else np.argsort(score, kind="mergesort")
+    for expert in range(len(score)):
+        best[expert] = expert
+        worst[expert] = expert
+    sort_by(best, len(best), score, -1)
+    sort_by(worst, len(worst), score, -1 if literal else 1)
     at = 0
     for i in range(len(best)):
         expert = best[i]

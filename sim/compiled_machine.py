@@ -178,7 +178,7 @@ class Lanes(NamedTuple):
     ) -> int:  # fmt: skip
         """See `Machine.submit`."""
         s = self.state
-        ticket = s[TICKETS] + 1
+        ticket: int = s[TICKETS] + 1
         s[TICKETS] = ticket
         now = s[NOW]
         ns = duration_ns(self.costs, s[PHASE], kind, layer, amount, context, part, precision)
@@ -294,7 +294,7 @@ class Lanes(NamedTuple):
     ) -> int:
         """See `Machine.route`."""
         begin = self.offset[step, batch]
-        tokens = self.offset[step, batch + 1] - begin
+        tokens: int = self.offset[step, batch + 1] - begin
         for t in range(tokens):
             for k in range(self.chosen.shape[2]):
                 ids[first + t, k] = self.chosen[begin + t, layer, k]
@@ -305,7 +305,7 @@ class Lanes(NamedTuple):
     def predict(self, guess: int, step: int, layer: int, ids: IntArray, scores: FloatArray) -> int:
         """See `Machine.predict`."""
         begin = self.offset[step, 0]
-        tokens = self.offset[step, self.offset.shape[1] - 1] - begin
+        tokens: int = self.offset[step, self.offset.shape[1] - 1] - begin
         for t in range(tokens):
             for k in range(self.guessed.shape[3]):
                 ids[guess, t, k] = self.guessed[guess, begin + t, layer, k]
@@ -316,7 +316,7 @@ class Lanes(NamedTuple):
 def new_row(machine: Lanes, ticket: int) -> int:
     """Return a free row of `ops`, under which a new ticket is found from now on."""
     s = machine.state
-    row = s[FREE]
+    row: int = s[FREE]
     if row > 0:
         s[FREE] = machine.ops[row, BEHIND]
     else:
@@ -342,7 +342,7 @@ def give_back(machine: Lanes, row: int) -> None:
 
 def row_of(machine: Lanes, ticket: int) -> int:
     """Return the row of an open operation; 0 for one that is done, was taken back, or never was."""
-    row = machine.ring[ticket & (len(machine.ring) - 1)]
+    row: int = machine.ring[ticket & (len(machine.ring) - 1)]
     return row if machine.ops[row, TICKET] == ticket and ticket > 0 else 0
 
 
@@ -440,13 +440,15 @@ def remove(machine: Lanes, row: int) -> None:
 
 def ready(machine: Lanes, queue: int) -> int:
     """Return the head of a queue if it waits for nothing, else 0."""
-    row = machine.queues[queue, FIRST]
+    row: int = machine.queues[queue, FIRST]
     return row if row > 0 and machine.ops[row, BLOCKERS] == 0 else 0
 
 
 def gpu_has_nothing(machine: Lanes) -> bool:
     """Say whether the GPU neither runs anything nor has anything in its queue."""
-    return machine.lanes[GPU, RUNNING] == 0 and machine.queues[GPU, FIRST] == 0
+    running: int = machine.lanes[GPU, RUNNING]
+    first: int = machine.queues[GPU, FIRST]
+    return running == 0 and first == 0
 
 
 # The lanes.
@@ -454,7 +456,7 @@ def gpu_has_nothing(machine: Lanes) -> bool:
 
 def next_end(machine: Lanes) -> int:
     """Return when the next lane is done, or preempted; NEVER if all are idle."""
-    end = machine.lanes[0, END]
+    end: int = machine.lanes[0, END]
     for lane in range(1, LANE_COUNT):
         end = min(end, machine.lanes[lane, END])
     return end
@@ -692,13 +694,12 @@ def log_operation(
         enlarge(machine, OPERATIONS)
     row = machine.operations[ticket - 1]
     s = machine.state
-    at = 0
-    for value in (
+    values = (
         ticket, amount, context, ns, s[NOW], NONE, NONE, after0, after1, after2, s[STEP], slot,
         layer, expert, batch, part, queue, kind, precision, cause,
-    ):  # fmt: skip
-        row[at] = value
-        at += 1
+    )  # fmt: skip
+    for at in range(len(values)):
+        row[at] = values[at]
 
 
 def log_segment(machine: Lanes, ticket: int, begin: int, end: int, finished: int) -> None:
@@ -828,7 +829,5 @@ def deadlock(machine: Lanes) -> DeadlockError:
     waits = sorted({t for t in op[AFTER:LINK] if row_of(machine, t) > 0})
     head = machine.ops[machine.queues[op[QUEUE], FIRST]].tolist()
     return DeadlockError(
-        stuck(
-            ticket, op[KIND], op[LAYER], op[EXPERT], op[QUEUE], waits, (head[TICKET], head[KIND])
-        )
+        stuck(ticket, op[KIND], op[LAYER], op[EXPERT], op[QUEUE], waits, (head[TICKET], head[KIND]))
     )

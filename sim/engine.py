@@ -1,12 +1,11 @@
 """The host program and the fast machine, compiled together; and the hooks of a policy.
 
 The host is compiled once for all policies: it calls hooks by their addresses. So a new policy costs
-the compilation of its hooks alone, and both are kept in the user's folder (`jit.store`).
+the compilation of its hooks alone. Both are kept in the user's folder (`jit.store`).
 """
 
 import ctypes
-import inspect
-import time
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,21 +13,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import moesim.machine as verbs
-from moesim.errors import MoesimError
+from moesim.errors import InputError, PolicyError
 from moesim.host import call_hook, run_steps
 from moesim.jit.flatten import NotCompilableError, flatten
 from moesim.jit.store import Stored, load, note, place, record_of
-from moesim.machine import Machine
 from moesim.policies.api import HOOKS
-from moesim.sim.compiled_machine import STUCK, Lanes, deadlock, drain, grow
+from moesim.policies.registry import Chosen
+from moesim.run import Prepared
+from moesim.sim.compiled_machine import (
+    HEADS,
+    PAUSED_NS,
+    PREEMPTIONS,
+    STUCK,
+    TICKETS,
+    Lanes,
+    deadlock,
+    drain,
+    grow,
+    logged,
+    new_lanes,
+    totals,
+    totals_now,
+)
+from moesim.sim.rules import Totals
 from moesim.state import OK, Host
-from moesim.types import IntArray
-
-ENGINE_OPTIONS = '_nrt=False, error_model="numpy"'
-"""Nothing is allocated, so nothing is counted; the host divides by nothing that may be 0."""
-
-HOOK_OPTIONS = "boundscheck=True"
-"""A policy that reads beyond an array gets an error, not the machine's memory."""
 
 PREAMBLE = """\
 import numba
@@ -38,7 +46,7 @@ jit = inner({options})
 entry = numba.njit({options}, nogil=True, cache=True)
 """
 
-OUTSIDE = """
+ENGINE = """
 @jit
 def call_hook(policy, hook, view, plan):
     call_at(policy[hook + 1], policy[0], view, plan)
@@ -47,11 +55,31 @@ def call_hook(policy, hook, view, plan):
 @jit
 def call_grow(machine, table):
     return call_back(machine.callback, table)
+
+
+{functions}
+
+@entry
+def run(machine, policy, host, first, last):
+    return {name}(machine, policy, host, first, last)
 """
 
+HOOK = """
+@entry
+def {hook}(self, view, plan):
+    {name}(self, view, plan)
+"""
 
-def run_range(machine: Machine, policy: Any, host: Host, first: int, last: int) -> int:
-    """Run steps, and after the last one let finish what is still under way."""
+VERBS = ("begin", "submit", "wait", "done", "pause", "cancel", "promote", "route", "predict")
+
+ENGINE_S, HOOKS_S = 30, 5
+"""About what compiling the host program and a policy's hooks takes, once."""
+LAYER_STEPS_PER_S = 2000
+"""About what the SimPy machine does at batch 1."""
+
+
+def run_range(machine: Lanes, policy: Any, host: Host, first: int, last: int) -> int:
+    """Run steps; after the last one, let what is still under way finish."""
     rule = run_steps(machine, policy, host, first, last)
     if rule == OK and last == len(host.steps.phase):
         drain(machine)
@@ -60,30 +88,201 @@ def run_range(machine: Machine, policy: Any, host: Host, first: int, last: int) 
 
 @cache
 def engine_module() -> Stored:
-    """Return the module of the host program and the machine."""
-    named = ("begin", "submit", "wait", "done", "pause", "cancel", "promote", "route", "predict")
-    replaced: dict[Any, Any] = {getattr(verbs, name): getattr(Lanes, name) for name in named}
-    replaced |= {call_hook: "call_hook", grow: "call_grow"}
-    flat = flatten([run_range], replaced)
-    name = flat.names[run_range]
-    call = f"@entry\ndef run(machine, policy, host, first, last):\n    return {name}(machine, policy, host, first, last)\n"
-    text = PREAMBLE.format(options=ENGINE_OPTIONS) + OUTSIDE + flat.text + call
-    return place("engine", text)
+    """Return the module of the host program and the machine.
+
+    The host divides by nothing that may be 0, and allocates nothing: no counting of references.
+    """
+    replaced: dict[Any, Any] = {getattr(verbs, name): getattr(Lanes, name) for name in VERBS}
+    flat = flatten([run_range], replaced | {call_hook: "call_hook", grow: "call_grow"})
+    options = PREAMBLE.format(options='_nrt=False, error_model="numpy"')
+    return place("engine", options + ENGINE.format(functions=flat.text, name=flat.names[run_range]))
 
 
 @cache
 def hooks_module(cls: type) -> Stored:
-    """Return the module of a policy's hooks; raise NotCompilableError if it cannot be made."""
+    """Return the module of a policy's hooks; raise NotCompilableError if it cannot be made.
+
+    Indices are checked: a policy that reads beyond an array gets an error, not other memory.
+    """
     if not hasattr(cls, "_fields"):
         raise NotCompilableError(f"{cls.__name__} is no NamedTuple")
-    hooks = {name: inspect.unwrap(getattr(cls, name)) for name in HOOKS if hasattr(cls, name)}
+    hooks = {name: getattr(cls, name) for name in HOOKS if hasattr(cls, name)}
     flat = flatten(list(hooks.values()))
     if flat.classes:
         raise NotCompilableError(f"{cls.__name__} makes a {flat.classes[0].__name__} in a hook")
-    calls = [
-        f"@entry\ndef {name}(self, view, plan):\n    {flat.names[hook]}(self, view, plan)\n"
-        for name, hook in hooks.items()
-    ]
-    return place(
-        f"policy_{cls.__name__}", PREAMBLE.format(options=HOOK_OPTIONS) + flat.text + "".join(calls)
+    calls = [HOOK.format(hook=name, name=flat.names[hook]) for name, hook in hooks.items()]
+    options = PREAMBLE.format(options="boundscheck=True")
+    return place(f"policy_{cls.__name__}", options + flat.text + "".join(calls))
+
+
+class Machinery(NamedTuple):
+    """What a run needs, compiled."""
+
+    run: Callable[..., int]
+    hooks: tuple[int, ...]
+    """Addresses; 0 for a hook that the policy has not."""
+
+
+def compile_for(prepared: Prepared) -> Machinery:
+    """Compile what a run needs, or find it compiled; raise NotCompilableError for a policy that
+    only plain Python can run.
+    """
+    from numba.core.errors import NumbaError
+    from numba.core.types import Array, int64
+
+    from moesim.jit.structs import Block
+
+    cls = prepared.chosen.cls
+    host, policy = Block(prepared.host), Block(prepared.policy)
+    machine = Block(lanes_of(prepared, 0, 0, False))
+    given = dict(host.type.fields)
+
+    def engine(module: ModuleType) -> Callable[..., int]:
+        module.run.compile((machine.type, Array(int64, 1, "C"), host.type, int64, int64))
+        run: Callable[..., int] = module.run
+        return run
+
+    def hooks(module: ModuleType) -> tuple[int, ...]:
+        return tuple(address(getattr(module, name, None)) for name in HOOKS)
+
+    def address(hook: Any) -> int:
+        if hook is None:
+            return 0
+        signature = (policy.type, given["seen"], given["plan"])
+        hook.compile(signature)
+        made = hook.overloads[signature]
+        found: int = made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
+        return found
+
+    stored = hooks_module(cls)
+    try:
+        return Machinery(load(engine_module(), engine), load(stored, hooks))
+    except NumbaError as error:
+        reason = first_reason(str(error))
+        note(stored, reason, 0.0)
+        raise NotCompilableError(reason) from None
+
+
+def first_reason(message: str) -> str:
+    """Return the line of Numba's explanation that says most."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Failed in", "During", "File", "-"))]
+    return (telling or lines or ["unknown"])[0][:200]
+
+
+def lanes_of(prepared: Prepared, seed: int, jitter: int, record: bool) -> Lanes:
+    """Return the idle machine of a run."""
+    return new_lanes(
+        prepared.setting.costs, prepared.feed, prepared.profile.rates(), prepared.chunk_bytes,
+        seed=seed, jitter=jitter, record=record,
+    )  # fmt: skip
+
+
+class CompiledRun:
+    """A run on the compiled machine; see `replay.Run`."""
+
+    def __init__(self, prepared: Prepared, *, seed: int, jitter: int, record: bool) -> None:
+        """Compile what is needed; raise InputError for a policy that does not compile."""
+        from moesim.jit.structs import Block
+
+        self.prepared = prepared
+        name = prepared.chosen.name
+        try:
+            made = compile_for(prepared)
+        except NotCompilableError as error:
+            raise InputError(
+                f"policy '{name}' does not compile: {error}; --machine simpy runs it"
+            ) from None
+        lanes = lanes_of(prepared, seed, jitter, record)
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(self.grow)
+        self.lanes = lanes._replace(callback=ctypes.cast(self.callback, ctypes.c_void_p).value or 0)
+        self.machine = Block(self.lanes)
+        self.host = Block(prepared.host)
+        self.policy = Block(prepared.policy)
+        self.table = np.array([self.policy.address, *made.hooks], np.int64)
+        self.compiled = made.run
+
+    def grow(self, table: int) -> int:
+        """Double a table; return 0 if there is no memory, since no exception gets through."""
+        from moesim.jit.structs import Block
+
+        try:
+            grow(self.lanes, table)
+        except MemoryError:
+            return 0
+        self.machine.words[:] = Block(self.lanes).words
+        return 1
+
+    def steps(self, first: int, last: int) -> int:
+        """Run steps; return the rule broken, or OK."""
+        try:
+            return self.compiled(self.machine, self.table, self.host, first, last)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if self.lanes.state[STUCK]:
+                raise deadlock(self.lanes) from None
+            raise PolicyError(
+                f"policy '{self.prepared.chosen.name}': {type(error).__name__}: {error} "
+                "(--machine simpy says where)"
+            ) from None
+
+    def heads(self) -> tuple[Totals, ...]:
+        """Return the totals at the end of each step."""
+        return tuple(map(totals, self.lanes.heads[: self.lanes.state[HEADS]]))
+
+    def drained(self) -> Totals:
+        """Return the totals at the end of everything."""
+        return totals_now(self.lanes)
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return operations, preemptions and paused ns."""
+        s = self.lanes.state
+        return int(s[TICKETS]), int(s[PREEMPTIONS]), int(s[PAUSED_NS])
+
+    def logged(self) -> tuple[Any, Any]:
+        """Return operations and segments as `log.Log` has them."""
+        return logged(self.lanes)
+
+
+class Choice(NamedTuple):
+    """The machine of a run, and why it is this one."""
+
+    machine: str
+    why: str
+
+
+def choose_machine(wanted: str, chosen: Chosen, layer_steps: int) -> Choice:
+    """Return the machine for a run of so many layer steps.
+
+    `auto` never compiles for a run that takes less time without. Raises InputError for an unknown
+    machine, and for `compiled` if it is known that the policy does not compile.
+    """
+    if wanted == "simpy":
+        return Choice("simpy", "asked for")
+    try:
+        stored = hooks_module(chosen.cls)
+        known = record_of(stored)
+        if known is not None and known.error:
+            raise NotCompilableError(known.error)
+    except NotCompilableError as error:
+        why = f"policy '{chosen.name}' does not compile: {error}"
+        if wanted == "compiled":
+            raise InputError(f"{why}; --machine simpy runs it") from None
+        return Choice("simpy", why)
+    missing_s = (0 if known else HOOKS_S) + (0 if record_of(engine_module()) else ENGINE_S)
+    if missing_s == 0:
+        return Choice("compiled", "compiled before")
+    if wanted == "compiled":
+        return Choice("compiled", f"compiling first, which takes about {missing_s} s, once")
+    simpy_s = layer_steps / LAYER_STEPS_PER_S
+    if simpy_s > missing_s:
+        return Choice(
+            "compiled",
+            f"compiling first, about {missing_s} s, once; else the run would take {simpy_s:.0f} s",
+        )
+    return Choice(
+        "simpy",
+        f"about {simpy_s:.0f} s of work are less than {missing_s} s of compiling; "
+        "`moesim compile` does that once",
     )

@@ -16,7 +16,7 @@ from moesim.model import model_digest
 from moesim.profile import profile_digest
 from moesim.residency import DROPPED, PREFETCHED, USED, WASTED_BYTES
 from moesim.sim.replay import Replayed
-from moesim.sim.simpy_machine import WAITS, Totals
+from moesim.sim.rules import WAITS, Totals
 from moesim.types import (
     BITS,
     CAUSES,
@@ -163,7 +163,7 @@ def identity(run: Replayed) -> dict[str, Any]:
     steps = len(run.heads)
     return {
         "moesim": __version__,
-        "machine": "simpy",
+        "machine": run.machine,
         "trace": prepared.trace_digest,
         "model": prepared.model.name,
         "model_digest": model_digest(prepared.model),

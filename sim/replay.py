@@ -1,9 +1,9 @@
-"""Replay a prepared run on the SimPy machine."""
+"""Replay a prepared run on a simulated machine."""
 
 import time
 from collections.abc import Callable
 from traceback import walk_tb
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from moesim.host import run_steps
 from moesim.log import Log
 from moesim.residency import contents
 from moesim.run import Prepared
-from moesim.sim.simpy_machine import SimpyMachine, Totals
+from moesim.sim.rules import Totals
+from moesim.sim.simpy_machine import SimpyMachine
 from moesim.state import OK, host_error
 from moesim.types import IntArray, as_scalars
 
@@ -24,6 +25,7 @@ class Replayed(NamedTuple):
     """A finished run: what the machine added up, and where the host and its tables ended."""
 
     prepared: Prepared
+    machine: str
     heads: tuple[Totals, ...]
     """One per step, at the end of its HEAD."""
     drained: Totals
@@ -35,42 +37,103 @@ class Replayed(NamedTuple):
     log: Log | None
 
 
+class Run(Protocol):
+    """A run under way on one of the simulated machines."""
+
+    def steps(self, first: int, last: int) -> int:
+        """Run steps, the last excluded, and drain after the very last; return the rule broken."""
+
+    def heads(self) -> tuple[Totals, ...]:
+        """Return the totals at the end of each step."""
+
+    def drained(self) -> Totals:
+        """Return the totals at the end of everything."""
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return operations, preemptions and paused ns."""
+
+    def logged(self) -> tuple[Any, Any]:
+        """Return operations and segments as `log.Log` has them."""
+
+
+class SimpyRun:
+    """A run on the SimPy machine; see `Run`."""
+
+    def __init__(self, prepared: Prepared, *, seed: int, jitter: int, record: bool) -> None:
+        """Make the machine."""
+        self.prepared = prepared
+        host = prepared.host
+        self.machine = SimpyMachine(
+            prepared.setting.costs, prepared.feed, prepared.profile.rates(), prepared.chunk_bytes,
+            jitter=jitter, seed=seed, record=record,
+        )  # fmt: skip
+        self.fast = as_scalars(host)._replace(seen=host.seen)
+        self.machine.costs = self.fast.costs
+
+    def steps(self, first: int, last: int) -> int:
+        """See `Run.steps`."""
+        try:
+            rule = run_steps(self.machine, self.prepared.policy, self.fast, first, last)
+        except MoesimError:
+            raise
+        except Exception as error:
+            raise policy_failure(self.prepared.chosen.name, error) from error
+        if rule == OK and last == len(self.prepared.host.steps.phase):
+            self.machine.drain()
+        return rule
+
+    def heads(self) -> tuple[Totals, ...]:
+        """See `Run.heads`."""
+        return tuple(self.machine.heads)
+
+    def drained(self) -> Totals:
+        """See `Run.drained`."""
+        return self.machine.totals()
+
+    def counts(self) -> tuple[int, int, int]:
+        """See `Run.counts`."""
+        return self.machine.tickets, self.machine.preemptions, self.machine.paused_ns
+
+    def logged(self) -> tuple[Any, Any]:
+        """See `Run.logged`."""
+        return self.machine.logged()
+
+
+def start(prepared: Prepared, machine: str, *, seed: int, jitter: int, record: bool) -> Run:
+    """Return a run on a machine by its name, `simpy` or `compiled`."""
+    if machine == "compiled":
+        from moesim.sim.engine import CompiledRun
+
+        return CompiledRun(prepared, seed=seed, jitter=jitter, record=record)
+    return SimpyRun(prepared, seed=seed, jitter=jitter, record=record)
+
+
 def replay(
-    prepared: Prepared, *, seed: int = 0, jitter: int = 0, record: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    prepared: Prepared, *, machine: str = "simpy", seed: int = 0, jitter: int = 0,
+    record: bool = False, progress: Callable[[int, int], None] | None = None,
 ) -> Replayed:  # fmt: skip
     """Run every step of a prepared run, which must not have been run before.
 
-    `jitter` stretches operations by up to so many 1024ths; `record` keeps the full log; `progress`
-    is called with the steps done and the steps in all. Raises PolicyError for an illegal decision.
+    `machine` is `simpy` or `compiled`, which give the same results to the nanosecond; the latter
+    releases the GIL. `jitter` stretches operations by up to so many 1024ths; `record` keeps the
+    full log; `progress` is called with the steps done and the steps in all. Raises PolicyError for
+    an illegal decision, InputError for a policy that cannot be compiled.
     """
     host = prepared.host
     initial = contents(host.res) if record else ()
-    machine = SimpyMachine(
-        prepared.setting.costs, prepared.feed, prepared.profile.rates(), chunk_bytes(prepared),
-        jitter=jitter, seed=seed, record=record,
-    )  # fmt: skip
-    fast = as_scalars(host)._replace(seen=host.seen)
-    machine.costs = fast.costs
+    run = start(prepared, machine, seed=seed, jitter=jitter, record=record)
     steps = len(host.steps.phase)
     started = time.perf_counter()
     for first in range(0, steps, RANGE):
         last = min(first + RANGE, steps)
-        try:
-            rule = run_steps(machine, prepared.policy, fast, first, last)
-        except MoesimError:
-            raise
-        except Exception as error:
-            raise policy_failure(prepared.chosen.name, error) from error
-        if rule != OK:
+        if run.steps(first, last) != OK:
             raise host_error(host, prepared.chosen.name)
         if progress is not None:
             progress(last, steps)
     wall_s = time.perf_counter() - started
-    machine.drain()
     log = None
     if record:
-        operations, segments = machine.logged()
+        operations, segments = run.logged()
         log = Log(
             operations=operations,
             segments=segments,
@@ -84,25 +147,22 @@ def replay(
             dense_on_host=prepared.placement.dense_on_host,
             on_disk=host.res.on_disk,
             fifo_link=prepared.placement.link == "fifo",
-            chunk_bytes=chunk_bytes(prepared),
+            chunk_bytes=prepared.chunk_bytes,
             rates=prepared.profile.rates(),
             exact=True,
         )
+    tickets, preemptions, paused_ns = run.counts()
     return Replayed(
         prepared=prepared,
-        heads=tuple(machine.heads),
-        drained=machine.totals(),
-        operations=machine.tickets,
-        preemptions=machine.preemptions,
-        paused_ns=machine.paused_ns,
+        machine=machine,
+        heads=run.heads(),
+        drained=run.drained(),
+        operations=tickets,
+        preemptions=preemptions,
+        paused_ns=paused_ns,
         wall_s=wall_s,
         log=log,
     )
-
-
-def chunk_bytes(prepared: Prepared) -> int:
-    """Return the chunk size that the placement asks for, else the machine's."""
-    return prepared.placement.chunk_bytes or prepared.profile.link.chunk_bytes
 
 
 def policy_failure(name: str, error: Exception) -> PolicyError:

@@ -6,6 +6,7 @@ which contains the copy of weights that are not there. They set `on_gpu[expert]`
 
 import numpy as np
 
+from moesim.policies.parts.order import sort_by
 from moesim.types import IntArray
 
 EXACT_STATES = 1 << 16
@@ -39,12 +40,14 @@ def greedy(
     DALI, arXiv 2602.03495, Algorithm 1: equal ends go to the GPU; equal differences are visited by
     ascending id. Returns the summed times of GPU and CPU.
     """
-    chosen = np.sort(active[:n_active])
-    visit = np.argsort(-np.abs(gpu_ns[chosen] - cpu_ns[chosen]), kind="mergesort")
+    visit = active[:n_active].copy()
+    for i in range(n_active):  # until it is decided, on_gpu holds what to sort by
+        on_gpu[visit[i]] = abs(gpu_ns[visit[i]] - cpu_ns[visit[i]])
+    sort_by(visit, n_active, on_gpu, -1)
     gpu_end = 0
     cpu_end = 0
     for i in range(n_active):
-        expert = chosen[visit[i]]
+        expert = visit[i]
         if gpu_end + gpu_ns[expert] <= cpu_end + cpu_ns[expert]:
             on_gpu[expert] = 1
             gpu_end += gpu_ns[expert]
@@ -54,40 +57,66 @@ def greedy(
     return gpu_end, cpu_end
 
 
-def exact(
+def exact(  # noqa: PLR0912  a merge and a search, which share their arrays
     active: IntArray, n_active: int, cpu_ns: IntArray, gpu_ns: IntArray, on_gpu: IntArray
 ) -> int:
     """Minimise the later of both devices' ends (DALI's problem, Eq. 3-9) and return it.
 
     Goes through the experts and keeps every pair of sums (CPU, GPU) that no other pair beats in
-    both, at most `EXACT_STATES` of them: beyond, those with the smallest later end so far.
+    both, at most `EXACT_STATES` of them: beyond, those with the smallest later end so far. Pairs
+    are in order of rising CPU and falling GPU sums, so that adding an expert merges two such lists.
     """
-    cpu = np.zeros(1, np.int64)
-    gpu = np.zeros(1, np.int64)
-    came_from: list[IntArray] = []
+    room = 1
+    for _ in range(n_active):
+        room = min(2 * room, 2 * EXACT_STATES)
+    cpu = np.zeros(room, np.int64)
+    gpu = np.zeros(room, np.int64)
+    new_cpu = np.zeros(room, np.int64)
+    new_gpu = np.zeros(room, np.int64)
+    origins = np.zeros((n_active, room), np.int64)
+    states = 1
     for i in range(n_active):
         expert = active[i]
-        states = len(cpu)
-        cpu = np.concatenate((cpu, cpu + cpu_ns[expert]))
-        gpu = np.concatenate((gpu + gpu_ns[expert], gpu))
-        by_gpu = np.argsort(gpu, kind="mergesort")
-        by_cpu = by_gpu[np.argsort(cpu[by_gpu], kind="mergesort")]
-        keep = np.zeros(len(by_cpu), np.bool_)
-        smallest = gpu[by_cpu[0]] + 1
-        for at in range(len(by_cpu)):
-            if gpu[by_cpu[at]] < smallest:
-                smallest = gpu[by_cpu[at]]
-                keep[at] = True
-        kept = by_cpu[keep]
-        if len(kept) > EXACT_STATES:
-            later = np.maximum(cpu[kept], gpu[kept])
-            kept = kept[np.argsort(later, kind="mergesort")[:EXACT_STATES]]
-        came_from.append(np.where(kept < states, kept, -1 - (kept - states)))
-        cpu, gpu = cpu[kept], gpu[kept]
-    best = int(np.argmin(np.maximum(cpu, gpu)))
-    end = int(max(cpu[best], gpu[best]))
+        origin = origins[i]
+        found = 0
+        on = 0
+        off = 0
+        while on < states or off < states:
+            # The next pair has the smaller CPU sum, or of equals the smaller GPU sum.
+            take_on = off == states
+            if on < states and off < states:
+                ahead = cpu[on] - cpu[off] - cpu_ns[expert]
+                take_on = ahead < 0 or (ahead == 0 and gpu[on] + gpu_ns[expert] <= gpu[off])
+            cpu_end = cpu[on] if take_on else cpu[off] + cpu_ns[expert]
+            gpu_end = gpu[on] + gpu_ns[expert] if take_on else gpu[off]
+            if found == 0 or gpu_end < new_gpu[found - 1]:
+                new_cpu[found] = cpu_end
+                new_gpu[found] = gpu_end
+                origin[found] = on if take_on else -1 - off
+                found += 1
+            if take_on:
+                on += 1
+            else:
+                off += 1
+        # The later end falls, then rises: the largest are at the two ends.
+        first = 0
+        while found - first > EXACT_STATES:
+            if new_gpu[first] >= new_cpu[found - 1]:
+                first += 1
+            else:
+                found -= 1
+        states = found - first
+        for at in range(states):
+            cpu[at] = new_cpu[first + at]
+            gpu[at] = new_gpu[first + at]
+            origin[at] = origin[first + at]
+    best = 0
+    for at in range(1, states):
+        if max(cpu[at], gpu[at]) < max(cpu[best], gpu[best]):
+            best = at
+    end: int = max(cpu[best], gpu[best])
     for i in range(n_active - 1, -1, -1):
-        origin = int(came_from[i][best])
-        on_gpu[active[i]] = 1 if origin >= 0 else 0
-        best = origin if origin >= 0 else -1 - origin
+        origin_of_best = origins[i, best]
+        on_gpu[active[i]] = 1 if origin_of_best >= 0 else 0
+        best = origin_of_best if origin_of_best >= 0 else -1 - origin_of_best
     return end

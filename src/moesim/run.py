@@ -51,6 +51,11 @@ class Prepared(NamedTuple):
     notices: tuple[str, ...]
     trace_digest: str
 
+    @property
+    def chunk_bytes(self) -> int:
+        """The chunk size that the placement asks for, else the machine's."""
+        return self.placement.chunk_bytes or self.profile.link.chunk_bytes
+
 
 def check_budget(budget_bytes: int, model: ModelSpec, bits: int, one: int) -> None:
     """Raise InputError for a budget that no policy can use; `one` expert has so many bytes."""

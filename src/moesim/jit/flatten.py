@@ -34,15 +34,14 @@ class Flat(NamedTuple):
     """NamedTuple classes that are constructed."""
 
 
-def flatten(
-    functions: list[Callable[..., Any]], replaced: Mapping[Any, Any] | None = None
-) -> Flat:
+def flatten(functions: list[Callable[..., Any]], replaced: Mapping[Any, Any] | None = None) -> Flat:
     """Return the module that holds these functions and everything they call.
 
-    Each function is decorated with `@jit`, NamedTuple classes are made by `constructor`; both must
-    be defined before the text. `replaced` maps functions to others that take their place, or to names of what the module is
-    given from outside. Raises NotCompilableError for what has no source or is no function, number
-    or text.
+    Each function is decorated with `@jit`, and NamedTuple classes that are called are made by
+    `constructor`; both must be defined before the text, and so must the names to which `replaced`
+    maps functions. It may also map them to functions that take their place.
+
+    Raises NotCompilableError for what has no source or is no function, number or text.
     """
     writer = _Writer(replaced or {})
     for function in functions:
@@ -81,7 +80,7 @@ class _Writer:
         return name
 
     def name_of_function(self, function: Any) -> str:
-        function = self.replaced.get(function, function)
+        function = self.replaced.get(function, getattr(function, "compiled_as", function))
         if isinstance(function, str):
             return function
         if function not in self.names:

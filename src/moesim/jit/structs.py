@@ -8,12 +8,13 @@ since the Python object keeps everything alive.
 """
 
 import hashlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba import core
+from numba.core import cgutils
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import (
     infer_getattr,
@@ -27,6 +28,7 @@ from numba.extending import (
 from numba.np import arrayobj
 
 WORD = ir.IntType(64)
+types: Any = core.types  # whose stubs are a part of what there is
 
 
 class Struct(types.Type):  # type: ignore[misc]  # Numba is untyped
@@ -74,7 +76,9 @@ class Block:
         self.words = np.array(words, np.int64)
         self.address = self.words.ctypes.data
 
-    def field(self, value: Any) -> tuple[Any, list[int]] | None:
+    def field(  # noqa: PLR0911  one answer per type
+        self, value: Any
+    ) -> tuple[Any, list[int]] | None:
         """Return a field's type and words."""
         if isinstance(value, np.ndarray):
             if value.dtype.hasobject or not value.flags.c_contiguous:
@@ -96,7 +100,7 @@ class Block:
         return None
 
 
-@typeof_impl.register(Block)
+@typeof_impl.register(Block)  # type: ignore[untyped-decorator]
 def _typeof_block(block: Block, context: Any) -> Struct:
     return block.type
 
@@ -107,7 +111,7 @@ class _StructModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, fe_type, WORD)
 
 
-@unbox(Struct)
+@unbox(Struct)  # type: ignore[untyped-decorator]
 def _unbox_struct(typ: Struct, source: Any, c: Any) -> Any:
     address = c.pyapi.object_getattr_string(source, "address")
     value = c.pyapi.long_as_longlong(address)
