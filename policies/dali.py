@@ -261,13 +261,13 @@ def rank_guesses(view: View, candidates: IntArray, listed: IntArray) -> int:
                 listed[expert] = view.predicted_loads[0, expert] * len(listed) + len(listed) - n
                 candidates[n] = expert
                 n += 1
-    sort_by(candidates, n, listed, -1)
+    sort_by(candidates, n, n, listed, -1)
     return n
 
 
 def swap(
-    view: View, plan: Plan, window: Window, size: int, guarded: int, literal: int, best: IntArray,
-    worst: IntArray,
+    view: View, plan: Plan, window: Window, size: int, guarded: int, literal: int, absent: IntArray,
+    resident: IntArray,
 ) -> None:  # fmt: skip
     """Replace the `size` cached experts with the lowest scores by the absent ones with the highest.
 
@@ -277,23 +277,21 @@ def swap(
     """
     layer = view.layer
     score = window.score[layer]
+    n_absent = 0
+    n_resident = 0
     for expert in range(len(score)):
-        best[expert] = expert
-        worst[expert] = expert
-    sort_by(best, len(best), score, -1)
-    sort_by(worst, len(worst), score, -1 if literal else 1)
-    at = 0
-    for i in range(len(best)):
-        expert = best[i]
         if view.cached[layer, expert] > 0:
-            continue
-        while at < len(worst) and view.cached[layer, worst[at]] == 0:
-            at += 1
-        if size == 0 or at == len(worst):
-            return
-        victim = worst[at]
-        if not guarded or score[expert] > score[victim]:
-            evict(plan, layer, victim)
-            fetch(plan, layer, expert, into=CACHE)
-        at += 1
-        size -= 1
+            resident[n_resident] = expert
+            n_resident += 1
+        else:
+            absent[n_absent] = expert
+            n_absent += 1
+    pairs = min(size, n_absent, n_resident)
+    if pairs == 0:
+        return
+    sort_by(absent, n_absent, pairs, score, -1)
+    sort_by(resident, n_resident, pairs, score, -1 if literal else 1)
+    for i in range(pairs):
+        if not guarded or score[absent[i]] > score[resident[i]]:
+            evict(plan, layer, resident[i])
+            fetch(plan, layer, absent[i], into=CACHE)

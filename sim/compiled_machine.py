@@ -555,12 +555,18 @@ def change_rates(machine: Lanes) -> None:
     if before == after:
         return
     for lane in range(LANE_COUNT):
-        if machine.lanes[lane, END] != NEVER:
+        if changes(machine, lane, before, after):
             settle(machine, lane)
     s[SPEED] = after
     for lane in range(LANE_COUNT):
-        if machine.lanes[lane, END] != NEVER:
+        if changes(machine, lane, before, after):
             aim(machine, lane)
+
+
+def changes(machine: Lanes, lane: int, before: int, after: int) -> bool:
+    """Say whether a lane is at work, and at another speed than before."""
+    slower: int = machine.rates[after, lane] - machine.rates[before, lane]
+    return slower != 0 and machine.lanes[lane, END] != NEVER
 
 
 def aim(machine: Lanes, lane: int) -> None:

@@ -43,7 +43,7 @@ def greedy(
     visit = active[:n_active].copy()
     for i in range(n_active):  # until it is decided, on_gpu holds what to sort by
         on_gpu[visit[i]] = abs(gpu_ns[visit[i]] - cpu_ns[visit[i]])
-    sort_by(visit, n_active, on_gpu, -1)
+    sort_by(visit, n_active, n_active, on_gpu, -1)
     gpu_end = 0
     cpu_end = 0
     for i in range(n_active):

@@ -5,25 +5,35 @@ import numpy as np
 from moesim.jit import compiled_as
 from moesim.types import IntArray
 
+IDS = 1 << 15
+"""Ids are below this, as in traces; 48 bits are left for keys."""
 
-def sort_compiled(items: IntArray, n: int, keys: IntArray, sign: int) -> None:
-    """Do what `sort_by` does by insertion: experts are few, and often in order already."""
+
+def sort_compiled(items: IntArray, n: int, count: int, keys: IntArray, sign: int) -> None:
+    """Do what `sort_by` does: key and id as one number, inserted among the smallest so far."""
+    for i in range(n):
+        items[i] += sign * keys[items[i]] * IDS
     for i in range(1, n):
         item = items[i]
-        key = sign * keys[item]
         at = i
-        while at > 0:
-            before = items[at - 1]
-            other = sign * keys[before]
-            if other < key or (other == key and before < item):
-                break
-            items[at] = before
+        if i >= count:
+            at = count - 1
+            if items[at] < item:
+                continue
+            items[i] = items[at]
+        while at > 0 and items[at - 1] > item:
+            items[at] = items[at - 1]
             at -= 1
         items[at] = item
+    for i in range(n):
+        items[i] %= IDS
 
 
 @compiled_as(sort_compiled)
-def sort_by(items: IntArray, n: int, keys: IntArray, sign: int) -> None:
-    """Sort the first `n` items by `sign * keys[item]`, the smallest first, equal ones by id."""
+def sort_by(items: IntArray, n: int, count: int, keys: IntArray, sign: int) -> None:
+    """Sort the first `n` items by `sign * keys[item]`, the smallest first, equal ones by id.
+
+    Only the first `count` places (1 or more) need be right; the others may be in any order.
+    """
     chosen = items[:n]
     items[:n] = chosen[np.lexsort((chosen, sign * keys[chosen]))]

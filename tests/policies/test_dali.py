@@ -108,8 +108,8 @@ def swapped(
     window.score[1] = score
     desk.view.cached[:] = 0
     desk.view.cached[1, list(resident)] = WHOLE
-    best, worst = np.zeros((2, len(score)), np.int64)
-    swap(desk.view._replace(layer=1), desk.plan, window, size, guarded, literal, best, worst)
+    absent, rest = np.zeros((2, len(score)), np.int64)
+    swap(desk.view._replace(layer=1), desk.plan, window, size, guarded, literal, absent, rest)
     assert window.score[1].tolist() == score
     return orders(desk.take())
 
