@@ -1,20 +1,19 @@
-"""Hit rates of caches without any notion of time: one cache per layer, every rule, every size.
+"""Hit rates of caches without any notion of time: one cache per layer, all rules, all sizes.
 
-All rows count, whatever their phase or sequence. Caches start empty. A token's experts are looked up
-one after another in rank order; one that is absent is admitted at once, when the cache is full in
-place of another, which may be an expert that this very token used or is about to use. (Rules that
-protect the current token's experts are in `traces.stats`.)
+Every row counts, whatever its phase or sequence. Caches start empty. A token's experts are looked
+up one after another in rank order, and one that is absent is admitted at once: in place of another
+if the cache is full, which may be an expert that this very token has used or is about to use.
+(`traces.stats` has caches that protect a token's experts.)
 
-The clock of LRU and Belady counts tokens, so that the experts of one token tie, or single lookups.
-Of experts that tie, the lowest id leaves. By token LFU counts for ever and has ties by id, too; by
-lookup it is that of libCacheSim, as all four then are: it counts from an expert's admission on, and
-of equals the one used longest ago leaves.
+By token, the clock of LRU and Belady counts tokens, and of experts that tie the lowest id leaves.
+Belady goes by the next use in a later token. LFU counts for ever.
 
-The functions run as plain Python and, for more than a few lookups, compiled.
+By access, the clock counts lookups, and all rules hit whenever libCacheSim's do. Its LFU is another
+one: it counts from an expert's admission on, and of equals the one used longest ago leaves. Experts
+that are never used again tie under Belady, and which of them leaves makes no difference.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -24,26 +23,26 @@ from moesim.errors import InputError
 from moesim.jit.flatten import flatten
 from moesim.jit.store import Stored, load, place, record_of
 from moesim.traces.format import MISSING, Trace
-from moesim.types import IntArray
+from moesim.types import FloatArray, IntArray
 
 RULES = ("lru", "lfu", "fifo", "belady")
 LRU, LFU, FIFO, BELADY = range(4)
 CLOCKS = ("token", "access")
+BY_TOKEN, BY_ACCESS = range(2)
 
 MOST = (1 << 63) - 1
 
-COMPILE_S = 5
+COMPILE_S = 4
 """About what compiling takes, once."""
-PLAIN_LOOKUPS_PER_S = 100_000
-"""About what plain Python does for one rule."""
 PATIENCE_S = 2
-"""What is never compiled for: plain Python takes less."""
+"""Plain Python does what takes less, unless the compiled rules are there already."""
+LOOKUPS_PER_S = 150_000
+"""About what plain Python does, of one rule."""
 
 MODULE = """\
 import numba
-from moesim.jit.structs import inner
 
-jit = inner()
+jit = numba.njit
 entry = numba.njit(nogil=True, cache=True)
 
 {functions}
@@ -54,11 +53,11 @@ def count_hits(rule, clock, ids, times, experts, sizes, hits):
 """
 SIGNATURE = "void(int64, int64, int64[::1], int64[::1], int64, int64[::1], int64[::1])"
 
-Kernel = Callable[[int, int, IntArray, IntArray, int, IntArray, IntArray], None]
+Rules = Callable[[int, int, IntArray, IntArray, int, IntArray, IntArray], None]
 
 
 class Curves(NamedTuple):
-    """What each cache of each layer hits."""
+    """How often each cache of each layer hits."""
 
     rules: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -68,81 +67,90 @@ class Curves(NamedTuple):
     lookups: IntArray
     """(layers,)."""
 
+    def hit_rates(self) -> FloatArray:
+        """Return the share of lookups that hit (rules, sizes, layers); NaN for a layer of none."""
+        rates: FloatArray = np.full(self.hits.shape, np.nan)
+        np.divide(self.hits, self.lookups, out=rates, where=self.lookups > 0)
+        return rates
+
 
 def curves(
     trace: Trace,
     rules: Sequence[str],
     sizes: Sequence[int],
     clock: str = "token",
-    say: Callable[[str], None] | None = None,
+    *,
     compiled: bool | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Curves:
-    """Return the hits of caches of these rules and sizes, in every layer.
+    """Return the hits of caches of these rules and sizes, in experts, in each layer.
 
-    Compiled if it was compiled before or is worth it, or as asked; `say` is told when that starts.
-    Raises InputError for what `check` refuses.
+    Compiled, unless that would take longer than to do without; `say` is told before it is done for
+    the first time.
+
+    Raises InputError for an unknown rule or clock, and for a size that no cache has.
     """
-    check(rules, sizes, clock, trace.n_experts)
+    experts = trace.n_experts
+    check(rules, sizes, clock, experts)
     stored = module()
-    known = record_of(stored)
-    work = trace.experts.size * len(rules)
+    ready = record_of(stored) is not None
     if compiled is None:
-        compiled = work > PLAIN_LOOKUPS_PER_S * PATIENCE_S or (known is not None)
-    if compiled and known is None and say is not None:
+        compiled = ready or trace.experts.size * len(rules) > PATIENCE_S * LOOKUPS_PER_S
+    if compiled and not ready and say is not None:
         say(f"compiling the cache rules, about {COMPILE_S} s, once")
-    kernel: Kernel = load(stored, _prepared) if compiled else count_hits
+    count: Rules = load(stored, compiled_rules) if compiled else count_hits
     hits = np.zeros((trace.layers, len(rules), len(sizes)), np.int64)
     lookups = np.zeros(trace.layers, np.int64)
-    wanted = np.array(sizes, np.int64)
     for layer in range(trace.layers):
-        ids, tokens = accesses(trace, layer)
+        ids, tokens = looked_up(trace, layer)
         lookups[layer] = len(ids)
         times = tokens if clock == "token" else np.arange(len(ids))
         for rule, found in zip(rules, hits[layer], strict=True):
-            code = RULES.index(rule), CLOCKS.index(clock)
-            kernel(*code, ids, times, trace.n_experts, wanted, found)
+            count(
+                RULES.index(rule), CLOCKS.index(clock), ids, times, experts,
+                np.array(sizes, np.int64), found,
+            )  # fmt: skip
     return Curves(tuple(rules), tuple(sizes), np.moveaxis(hits, 0, 2), lookups)
 
 
 def check(rules: Sequence[str], sizes: Sequence[int], clock: str, experts: int) -> None:
-    """Raise InputError for an unknown rule or clock, and for a size that no cache can have."""
-    for rule in rules:
-        if rule not in RULES:
-            raise InputError(f"no cache rule named {rule!r}; there are: {', '.join(RULES)}")
-    if clock not in CLOCKS:
-        raise InputError(f"no clock named {clock!r}; there are: {', '.join(CLOCKS)}")
+    """Raise InputError for an unknown rule or clock, and for a size that no cache has."""
+    for kind, names, known in (("cache rule", rules, RULES), ("clock", [clock], CLOCKS)):
+        for name in names:
+            if name not in known:
+                raise InputError(f"no {kind} named {name!r}; there are: {', '.join(known)}")
     for size in sizes:
         if not 1 <= size <= experts:
-            raise InputError(f"a cache of {size} experts; legal are 1..{experts}, the trace's own")
+            raise InputError(f"a cache of {size} experts; legal are 1..{experts}, a layer's own")
 
 
-def accesses(trace: Trace, layer: int) -> tuple[IntArray, IntArray]:
-    """Return the experts that a layer looks up, one by one, and the token of each."""
+def looked_up(trace: Trace, layer: int) -> tuple[IntArray, IntArray]:
+    """Return the experts that a layer looks up, one after another, and the token of each."""
     ids = trace.experts[:, layer]
-    there = ids != MISSING
-    tokens = np.arange(len(ids)).repeat(there.sum(axis=1))
-    return ids[there].astype(np.int64), tokens
+    recorded = ids != MISSING
+    tokens = np.arange(trace.tokens).repeat(recorded.sum(axis=1))
+    return ids[recorded].astype(np.int64), tokens
 
 
-@cache
 def module() -> Stored:
     """Return the module of the compiled rules."""
     flat = flatten([count_hits])
     return place("curves", MODULE.format(functions=flat.text, name=flat.names[count_hits]))
 
 
-def _prepared(module: ModuleType) -> Kernel:
+def compiled_rules(module: ModuleType) -> Rules:
+    """Return the entry of the compiled module."""
     module.count_hits.compile(SIGNATURE)
-    kernel: Kernel = module.count_hits
-    return kernel
+    rules: Rules = module.count_hits
+    return rules
 
 
 def count_hits(
     rule: int, clock: int, ids: IntArray, times: IntArray, experts: int, sizes: IntArray,
     hits: IntArray,
 ) -> None:  # fmt: skip
-    """Write the hits of a layer's caches (sizes,); `times` never fall."""
-    if rule == FIFO or (rule == LFU and clock == 1):
+    """Write the hits of one layer's caches (sizes,). `times`, of each lookup, never fall."""
+    if rule == FIFO or (rule == LFU and clock == BY_ACCESS):
         for i in range(len(sizes)):
             hits[i] = one_size(rule, ids, experts, sizes[i])
         return
@@ -156,9 +164,9 @@ def all_sizes(rule: int, ids: IntArray, times: IntArray, experts: int, largest: 
 
     Where the expert worth least leaves, and its worth does not depend on the cache, a cache holds
     all that a smaller one does: a stack, of which a cache of n experts holds the first n. What is
-    looked up goes on top. Every cache between there and where it was loses what is worth least: from
-    place to place, the lesser of what lay there and what comes from above goes on down (Mattson et
-    al., Evaluation techniques for storage hierarchies, 1970).
+    looked up goes on top. Every cache between there and where it was loses what it holds of least
+    worth: from place to place, the lesser of what lay there and what comes from above goes on down
+    (Mattson et al., Evaluation techniques for storage hierarchies, 1970).
     """
     later = next_times(ids, times, experts) if rule == BELADY else ids
     worth = np.arange(experts)  # of equals, the lowest id is worth least
@@ -197,28 +205,27 @@ def all_sizes(rule: int, ids: IntArray, times: IntArray, experts: int, largest: 
 
 
 def next_times(ids: IntArray, times: IntArray, experts: int) -> IntArray:
-    """Return the next time after its own at which each lookup's expert is looked up again."""
+    """Return of each lookup the next later time at which its expert is looked up again."""
     never = times[-1] + 1 if len(ids) else 0
+    next_use = np.full(experts, never)
     later = np.empty(len(ids), np.int64)
-    next_use = np.full(experts, never, np.int64)
-    first = len(ids)
-    for i in range(len(ids) - 1, -1, -1):
-        later[i] = next_use[ids[i]]
-        if i == 0 or times[i - 1] != times[i]:
-            for j in range(i, first):
-                next_use[ids[j]] = times[i]
-            first = i
+    end = len(ids)
+    for first in range(len(ids) - 1, -1, -1):
+        later[first] = next_use[ids[first]]
+        if first == 0 or times[first - 1] != times[first]:
+            next_use[ids[first:end]] = times[first]
+            end = first
     return later
 
 
 def one_size(rule: int, ids: IntArray, experts: int, size: int) -> int:
-    """Return the hits of one cache, of FIFO or of libCacheSim's LFU.
+    """Return the hits of one cache whose rule looks at nothing before an expert's admission.
 
-    Whose worth begins with an expert's admission, so that a cache says nothing about another size.
+    What such a cache holds says nothing about other sizes: FIFO, and LFU by access.
     """
     worth = np.zeros(experts, np.int64)  # 0: not in the cache
-    places = np.zeros(size, np.int64)
     uses = np.zeros(experts, np.int64)
+    places = np.zeros(size, np.int64)
     held = 0
     hits = 0
     for i in range(len(ids)):
@@ -239,6 +246,5 @@ def one_size(rule: int, ids: IntArray, experts: int, size: int) -> int:
             uses[places[least]] = 0
             places[least] = expert
         uses[expert] += 1
-        # Fewer uses first, and of equals the one used longest ago.
         worth[expert] = uses[expert] * len(ids) + i
     return hits

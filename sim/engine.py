@@ -8,7 +8,7 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -124,39 +124,51 @@ class Machinery(NamedTuple):
 
 
 def compile_for(prepared: Prepared) -> Machinery:
-    """Compile what a run needs, or find it compiled; raise NotCompilableError for a policy that
-    only plain Python can run.
-    """
-    from numba.core.errors import NumbaError
-    from numba.core.types import Array, int64
+    """Compile what a run needs, or find it compiled.
 
+    Raises NotCompilableError for a policy that only plain Python can run.
+    """
     from moesim.jit.structs import Block
 
-    cls = prepared.chosen.cls
-    host, policy = Block(prepared.host), Block(prepared.policy)
-    machine = Block(lanes_of(prepared, 0, 0, False))
-    given = dict(host.type.fields)
+    host = Block(prepared.host).type
+    policy = Block(prepared.policy).type
+    machine = Block(lanes_of(prepared, 0, 0, False)).type
+    kinds = dict(host.fields)
+    hooks = compiled_hooks(prepared.chosen.cls, (policy, kinds["seen"], kinds["plan"]))
+    return Machinery(compiled_engine(machine, host), hooks)
 
-    def engine(module: ModuleType) -> Callable[..., int]:
-        module.run.compile((machine.type, Array(int64, 1, "C"), host.type, int64, int64))
-        run: Callable[..., int] = module.run
-        return run
 
-    def hooks(module: ModuleType) -> tuple[int, ...]:
+@cache
+def compiled_engine(machine: Any, host: Any) -> Callable[..., int]:
+    """Return the compiled `run_range` for the types of machine and host, which never change."""
+    from numba.core.types import Array, int64
+
+    def prepare(module: ModuleType) -> Callable[..., int]:
+        run: Any = module.run
+        run.compile((machine, Array(int64, 1, "C"), host, int64, int64))
+        return cast("Callable[..., int]", run)
+
+    return cast("Callable[..., int]", load(engine_module(), prepare))
+
+
+@cache
+def compiled_hooks(cls: type, kinds: tuple[Any, ...]) -> tuple[int, ...]:
+    """Return the addresses of a policy's hooks for the types of policy, view and plan."""
+    from numba.core.errors import NumbaError
+
+    def prepare(module: ModuleType) -> tuple[int, ...]:
         return tuple(address(getattr(module, name, None)) for name in HOOKS)
 
     def address(hook: Any) -> int:
         if hook is None:
             return 0
-        signature = (policy.type, given["seen"], given["plan"])
-        hook.compile(signature)
-        made = hook.overloads[signature]
-        found: int = made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
-        return found
+        hook.compile(kinds)
+        made = hook.overloads[kinds]
+        return cast("int", made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
 
     stored = hooks_module(cls)
     try:
-        return Machinery(load(engine_module(), engine), load(stored, hooks))
+        return cast("tuple[int, ...]", load(stored, prepare))
     except NumbaError as error:
         reason = first_reason(str(error))
         note(stored, reason, 0.0)
@@ -186,13 +198,10 @@ class CompiledRun:
         from moesim.jit.structs import Block
 
         self.prepared = prepared
-        name = prepared.chosen.name
         try:
             made = compile_for(prepared)
         except NotCompilableError as error:
-            raise InputError(
-                f"policy '{name}' does not compile: {error}; --machine simpy runs it"
-            ) from None
+            raise not_compiled(prepared.chosen, error) from None
         lanes = lanes_of(prepared, seed, jitter, record)
         self.callback = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(self.grow)
         self.lanes = lanes._replace(callback=ctypes.cast(self.callback, ctypes.c_void_p).value or 0)
@@ -253,10 +262,10 @@ class Choice(NamedTuple):
 
 
 def choose_machine(wanted: str, chosen: Chosen, layer_steps: int) -> Choice:
-    """Return the machine for a run of so many layer steps.
+    """Return the machine for a run of so many layer steps: `auto`, or a machine by its name.
 
-    `auto` never compiles for a run that takes less time without. Raises InputError for an unknown
-    machine, and for `compiled` if it is known that the policy does not compile.
+    `auto` never compiles for a run that takes less time without. Raises InputError for `compiled`
+    if it is known that the policy does not compile.
     """
     if wanted == "simpy":
         return Choice("simpy", "asked for")
@@ -266,23 +275,47 @@ def choose_machine(wanted: str, chosen: Chosen, layer_steps: int) -> Choice:
         if known is not None and known.error:
             raise NotCompilableError(known.error)
     except NotCompilableError as error:
-        why = f"policy '{chosen.name}' does not compile: {error}"
         if wanted == "compiled":
-            raise InputError(f"{why}; --machine simpy runs it") from None
-        return Choice("simpy", why)
+            raise not_compiled(chosen, error) from None
+        return Choice("simpy", f"policy '{chosen.name}' does not compile: {error}")
     missing_s = (0 if known else HOOKS_S) + (0 if record_of(engine_module()) else ENGINE_S)
     if missing_s == 0:
-        return Choice("compiled", "compiled before")
-    if wanted == "compiled":
-        return Choice("compiled", f"compiling first, which takes about {missing_s} s, once")
+        return Choice("compiled", "was compiled before")
+    once = f"compiling first, which takes about {missing_s} s, once"
     simpy_s = layer_steps / LAYER_STEPS_PER_S
-    if simpy_s > missing_s:
-        return Choice(
-            "compiled",
-            f"compiling first, about {missing_s} s, once; else the run would take {simpy_s:.0f} s",
-        )
+    if wanted == "compiled" or simpy_s > missing_s:
+        return Choice("compiled", once)
     return Choice(
         "simpy",
-        f"about {simpy_s:.0f} s of work are less than {missing_s} s of compiling; "
-        "`moesim compile` does that once",
+        f"compiling would take about {missing_s} s, once, and a run of {layer_steps} layer steps "
+        "does not repay that; --machine compiled does it",
     )
+
+
+def not_compiled(chosen: Chosen, error: NotCompilableError) -> InputError:
+    """Return the error of asking for the compiled machine in vain."""
+    return InputError(
+        f"policy '{chosen.name}' does not compile: {error}; --machine simpy or auto runs it"
+    )
+
+
+def machine_for(prepared: Prepared, wanted: str, say: Callable[[str], None]) -> str:
+    """Return the machine of a run, compiled if it is the compiled one; say which, and why.
+
+    Raises InputError for `compiled` and a policy that does not compile; `auto` then takes SimPy.
+    """
+    layer_steps = len(prepared.host.steps.phase) * prepared.setting.layers
+    choice = choose_machine(wanted, prepared.chosen, layer_steps)
+    if wanted == "simpy":
+        return "simpy"
+    if wanted == "auto" or not choice.why.startswith("was"):
+        say(f"machine {choice.machine}: {choice.why}")
+    if choice.machine == "compiled":
+        try:
+            compile_for(prepared)
+        except NotCompilableError as error:
+            if wanted == "compiled":
+                raise not_compiled(prepared.chosen, error) from None
+            say(f"machine simpy: policy '{prepared.chosen.name}' does not compile: {error}")
+            return "simpy"
+    return choice.machine

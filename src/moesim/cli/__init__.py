@@ -10,6 +10,8 @@ import click
 from moesim.cli.common import Commands
 
 COMMANDS = {
+    "cache": "Say how often caches of each rule and size hit, layer by layer.",
+    "compile": "Compile the simulator and policies once, or clear what was compiled.",
     "hardware": "List the machines that moesim knows, or show one.",
     "models": "List the models that moesim knows, or show one.",
     "policies": "List the policies, their parameters, defaults and sources.",

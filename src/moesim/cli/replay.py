@@ -69,10 +69,11 @@ RESERVE_BYTES = 1 << 30
 @click.option("--repeat", is_flag=True, help="Let tokens of the trace serve several sequences.")
 @click.option(
     "--machine",
-    type=click.Choice(["simpy"]),
-    default="simpy",
+    type=click.Choice(["auto", "simpy", "compiled"]),
+    default="auto",
     show_default=True,
-    help="What simulates the machine.",
+    help="What simulates: both give the same results, compiled is many times as fast once it is "
+    "compiled, and auto takes it if that pays.",
 )
 @click.option(
     "--jitter",
@@ -130,6 +131,7 @@ def command(
     from moesim.policies.registry import choose
     from moesim.profile import load_profile, with_overrides
     from moesim.run import prepare
+    from moesim.sim.engine import machine_for
     from moesim.sim.metrics import summarize
     from moesim.sim.replay import replay
     from moesim.traces.bundled import example_path
@@ -156,9 +158,10 @@ def command(
     )
     for line in filter(None, (notice, said, *prepared.notices)):
         click.echo(f"note: {line}", err=True)
+    machine = machine_for(prepared, machine, lambda line: click.echo(f"note: {line}", err=True))
     run = with_progress(
         lambda progress: replay(
-            prepared, seed=seed, jitter=round(jitter * 1024), record=timeline is not None,
+            prepared, machine=machine, seed=seed, jitter=round(jitter * 1024), record=timeline is not None,
             progress=progress,
         )
     )  # fmt: skip
