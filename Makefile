@@ -9,8 +9,8 @@ ARGS ?=
 replay: $(VENV)/.run  ## replay the trace that ships with moesim
 	$(BIN)/moesim replay --policy dali $(ARGS)
 
-test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev  ## run the tests; compiled code then checks its indices, too
+	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.dev  ## run the benchmarks, which assert counts and print times
 	$(BIN)/python -m pytest -m bench -s benchmarks $(ARGS)
@@ -32,7 +32,7 @@ wheel: $(VENV)/.dev  ## test what we ship: sdist -> wheel -> fresh venv, away fr
 	$(BIN)/python -m venv --without-pip build/venv
 	$(BIN)/python -m pip --python build/venv/bin/python install --quiet --group test build/dist/*.whl
 	cp -R tests build/tests
-	cd build && venv/bin/python -m pytest -c ../pyproject.toml --rootdir . tests
+	cd build && NUMBA_BOUNDSCHECK=1 venv/bin/python -m pytest -c ../pyproject.toml --rootdir . tests
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .*_cache

@@ -188,12 +188,13 @@ class Case(NamedTuple):
     def __repr__(self) -> str:
         return f"Case({self.choices.tolist()}, {self.drawn}, seed={self.seed})"
 
-    def run(self, policy: type | Chosen, **changes: Any) -> Any:
-        """Replay it, audited."""
+    def run(self, policy: type | Chosen, on: str = "simpy", **changes: Any) -> Any:
+        """Replay it on a machine, audited."""
         case = self._replace(**changes)
         return lab.run(
             policy, case.choices, case.costs, experts=case.experts, slots=case.slots,
             prompts=case.prompts, machine=case.machine, seed=case.seed, jitter=case.jitter,
+            on=on,
         )  # fmt: skip
 
 

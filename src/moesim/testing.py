@@ -139,9 +139,10 @@ def make_trace(choices: Any, experts: int, prompts: Sequence[int] = (1,)) -> Tra
 def run(
     policy: type | Chosen, choices: Any, costs: Costs, *, experts: int = 4, slots: int = 8,
     prompts: Sequence[int] = (1,), machine: HardwareProfile | None = None, seed: int = 0,
-    jitter: int = 0, bits: int = 16, progress: Callable[[int, int], None] | None = None,
+    jitter: int = 0, bits: int = 16, on: str = "simpy",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Replayed:  # fmt: skip
-    """Replay choices through a policy and audit the log."""
+    """Replay choices through a policy, `on` one of the simulated machines, and audit the log."""
     trace = make_trace(choices, experts, prompts)
     chosen = policy if isinstance(policy, Chosen) else Chosen(policy.__name__.lower(), policy, {})
     prepared = prepare(
@@ -155,7 +156,9 @@ def run(
         seed=seed,
         costs=costs,
     )
-    done = replay(prepared, seed=seed, jitter=jitter, record=True, progress=progress)
+    done = replay(
+        prepared, machine=on, seed=seed, jitter=jitter, record=True, progress=progress
+    )
     assert done.log is not None
     audit(done.log)
     return done
