@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,7 +18,7 @@ from moesim.run import Prepared, prepare
 from moesim.sim.metrics import summarize
 from moesim.sim.replay import Replayed, replay
 from moesim.traces.bundled import example_path
-from moesim.traces.format import read_trace
+from moesim.traces.format import Trace, read_trace
 from moesim.traces.workload import cut
 
 pytestmark = pytest.mark.bench
@@ -31,12 +31,18 @@ PROMPT = 64
 REPETITIONS = 3
 
 
+@cache
+def routing() -> Trace:
+    """Return the trace that all runs share."""
+    return read_trace(RECORDED if RECORDED.exists() else example_path())
+
+
 def prepared(policy: str, generate: int) -> Prepared:
     """Return a replay on the default preset, a quarter of all experts cached.
 
     The bundled trace is shorter than LONG: there it is as much as the trace holds.
     """
-    trace = read_trace(RECORDED if RECORDED.exists() else example_path())
+    trace = routing()
     model = load_model("qwen3-30b-a3b")
     profile, _ = load_profile("rtx3090-pcie4-ddr4")
     workload = cut(trace, prompt=PROMPT, generate=min(generate, trace.tokens - PROMPT))
@@ -108,42 +114,37 @@ def test_first_and_warm_start(tmp_path: Path) -> None:
     assert any((tmp_path / "compiled").glob("engine_*.py"))
 
 
-def wall_s(work: Callable[[], object]) -> float:
-    """Return how long something takes."""
+def in_threads(chains: list[list[Prepared]], machine: str, done: list[Replayed]) -> float:
+    """Return the wall time of replaying chains of runs, each chain in a thread of its own."""
+
+    def replay_all(chain: list[Prepared]) -> None:
+        done.extend(replay(one, machine=machine) for one in chain)
+
+    threads = [Thread(target=replay_all, args=(chain,)) for chain in chains]
     began = time.perf_counter()
-    work()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     return time.perf_counter() - began
 
 
-def test_two_threads() -> None:
-    """The compiled machine releases the GIL, so two runs take the time of one if cores are free."""
-    for machine, generate in (("compiled", LONG), ("simpy", SHORT)):
-        replay(prepared("dali", SHORT), machine=machine)
-        ratios = []
-        done: list[Replayed] = []
+@pytest.mark.parametrize(("machine", "generate", "runs"), [("compiled", LONG, 8), ("simpy", 16, 2)])
+def test_two_threads(machine: str, generate: int, runs: int) -> None:
+    """The compiled machine releases the GIL: with two free cores, two runs take the time of one.
 
-        def run(one: Prepared, machine: str = machine, done: list[Replayed] = done) -> None:
-            done.append(replay(one, machine=machine))
-
-        for _ in range(REPETITIONS):
-            # A Prepared may be run once; all four hold rows of one trace.
-            first, second, third, fourth = (prepared("dali", generate) for _ in range(4))
-            threads = [Thread(target=run, args=(one,)) for one in (first, second)]
-
-            def in_turn(pair: tuple[Prepared, ...] = (third, fourth)) -> None:
-                for one in pair:
-                    run(one)
-
-            def at_once(threads: list[Thread] = threads) -> None:
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-
-            ratios.append(wall_s(at_once) / wall_s(in_turn))
-        assert len(done) == 4 * REPETITIONS
-        assert len({run.operations for run in done}) == 1
-        print(
-            f"\ntwo threads, {machine}: {min(ratios):.2f} to {max(ratios):.2f} of the time of one "
-            f"after the other (.5 at best), {os.cpu_count()} cores"
-        )
+    A chain of runs per thread, since systems need a moment to give a process its second core.
+    """
+    replay(prepared("lru", 1), machine=machine)
+    done: list[Replayed] = []
+    ratios = []
+    for _ in range(REPETITIONS):
+        one, two, three, four = ([prepared("lru", generate) for _ in range(runs)] for _ in range(4))
+        at_once_s = in_threads([one, two], machine, done)
+        ratios.append(at_once_s / in_threads([three + four], machine, done))
+    print(
+        f"\ntwo threads, {machine}: {min(ratios):.2f} to {max(ratios):.2f} of the time of one; "
+        f".5 is the best there is, {os.cpu_count()} cores"
+    )
+    assert len(done) == 4 * runs * REPETITIONS
+    assert len({run.operations for run in done}) == 1

@@ -14,6 +14,7 @@ that are never used again tie under Belady, and which of them leaves makes no di
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -23,21 +24,22 @@ from moesim.errors import InputError
 from moesim.jit.flatten import flatten
 from moesim.jit.store import Stored, load, place, record_of
 from moesim.traces.format import MISSING, Trace
-from moesim.types import FloatArray, IntArray
+from moesim.types import NONE, FloatArray, IntArray
 
 RULES = ("lru", "lfu", "fifo", "belady")
 LRU, LFU, FIFO, BELADY = range(4)
 CLOCKS = ("token", "access")
 BY_TOKEN, BY_ACCESS = range(2)
 
-MOST = (1 << 63) - 1
+EMPTY = -(1 << 62)
+"""What an empty place is worth: less than any expert."""
 
-COMPILE_S = 4
+COMPILE_S = 3
 """About what compiling takes, once."""
 PATIENCE_S = 2
 """Plain Python does what takes less, unless the compiled rules are there already."""
-LOOKUPS_PER_S = 150_000
-"""About what plain Python does, of one rule."""
+LOOKUPS_PER_S = 1_000_000
+"""About what plain Python does, in one cache per layer."""
 
 MODULE = """\
 import numba
@@ -92,13 +94,14 @@ def curves(
     """
     experts = trace.n_experts
     check(rules, sizes, clock, experts)
-    stored = module()
+    stored = place("curves", text())
     ready = record_of(stored) is not None
+    work = trace.experts.size * len(rules) * len(sizes)
     if compiled is None:
-        compiled = ready or trace.experts.size * len(rules) > PATIENCE_S * LOOKUPS_PER_S
+        compiled = ready or work > PATIENCE_S * LOOKUPS_PER_S
     if compiled and not ready and say is not None:
         say(f"compiling the cache rules, about {COMPILE_S} s, once")
-    count: Rules = load(stored, compiled_rules) if compiled else count_hits
+    count: Rules = compiled_rules(stored) if compiled else count_hits
     hits = np.zeros((trace.layers, len(rules), len(sizes)), np.int64)
     lookups = np.zeros(trace.layers, np.int64)
     for layer in range(trace.layers):
@@ -126,22 +129,29 @@ def check(rules: Sequence[str], sizes: Sequence[int], clock: str, experts: int) 
 
 def looked_up(trace: Trace, layer: int) -> tuple[IntArray, IntArray]:
     """Return the experts that a layer looks up, one after another, and the token of each."""
-    ids = trace.experts[:, layer]
+    ids = trace.experts[:, layer].astype(np.int64).ravel()
+    tokens = np.arange(trace.tokens).repeat(trace.top_k)
     recorded = ids != MISSING
-    tokens = np.arange(trace.tokens).repeat(recorded.sum(axis=1))
-    return ids[recorded].astype(np.int64), tokens
+    return (ids, tokens) if recorded.all() else (ids[recorded], tokens[recorded])
 
 
-def module() -> Stored:
+@cache
+def text() -> str:
     """Return the module of the compiled rules."""
     flat = flatten([count_hits])
-    return place("curves", MODULE.format(functions=flat.text, name=flat.names[count_hits]))
+    return MODULE.format(functions=flat.text, name=flat.names[count_hits])
 
 
-def compiled_rules(module: ModuleType) -> Rules:
-    """Return the entry of the compiled module."""
-    module.count_hits.compile(SIGNATURE)
-    rules: Rules = module.count_hits
+@cache
+def compiled_rules(stored: Stored) -> Rules:
+    """Return `count_hits`, compiled."""
+
+    def entry(module: ModuleType) -> Rules:
+        module.count_hits.compile(SIGNATURE)
+        rules: Rules = module.count_hits
+        return rules
+
+    rules: Rules = load(stored, entry)
     return rules
 
 
@@ -150,58 +160,66 @@ def count_hits(
     hits: IntArray,
 ) -> None:  # fmt: skip
     """Write the hits of one layer's caches (sizes,). `times`, of each lookup, never fall."""
-    if rule == FIFO or (rule == LFU and clock == BY_ACCESS):
-        for i in range(len(sizes)):
-            hits[i] = one_size(rule, ids, experts, sizes[i])
-        return
-    at_depth = all_sizes(rule, ids, times, experts, sizes.max())
-    for i in range(len(sizes)):
-        hits[i] = at_depth[: sizes[i]].sum()
-
-
-def all_sizes(rule: int, ids: IntArray, times: IntArray, experts: int, largest: int) -> IntArray:
-    """Return how many lookups hit in caches of more than so many experts, and in no smaller one.
-
-    Where the expert worth least leaves, and its worth does not depend on the cache, a cache holds
-    all that a smaller one does: a stack, of which a cache of n experts holds the first n. What is
-    looked up goes on top. Every cache between there and where it was loses what it holds of least
-    worth: from place to place, the lesser of what lay there and what comes from above goes on down
-    (Mattson et al., Evaluation techniques for storage hierarchies, 1970).
-    """
     later = next_times(ids, times, experts) if rule == BELADY else ids
-    worth = np.arange(experts)  # of equals, the lowest id is worth least
-    stack = np.zeros(largest, np.int64)
-    at_depth = np.zeros(largest, np.int64)
-    held = 0
-    told = 0
+    for i in range(len(sizes)):
+        hits[i] = hits_of_cache(rule, clock, ids, times, later, experts, sizes[i])
+
+
+def hits_of_cache(
+    rule: int, clock: int, ids: IntArray, times: IntArray, later: IntArray, experts: int, size: int
+) -> int:
+    """Return the hits of one cache, of which the expert worth least leaves."""
+    places = np.full(experts, NONE)
+    inside = np.full(size, NONE)
+    worth = np.full(size, EMPTY)
+    uses = np.zeros(experts, np.int64)
+    told = 0  # lookups that Belady's rule has seen
+    hits = 0
     for i in range(len(ids)):
         expert = ids[i]
+        if rule == BELADY and told == i:
+            told = look_ahead(i, ids, times, later, experts, places, worth)
+        at = places[expert]
+        hit = at != NONE
+        if hit:
+            hits += 1
+        else:
+            at = worth.argmin()
+            if worth[at] != EMPTY:
+                places[inside[at]] = NONE
+                if clock == BY_ACCESS:
+                    uses[inside[at]] = 0
+            inside[at] = expert
+            places[expert] = at
+        uses[expert] += 1
         if rule == LRU:
-            worth[expert] = times[i] * experts + expert
+            worth[at] = times[i] * experts + expert
+        elif rule == LFU and clock == BY_TOKEN:
+            worth[at] = uses[expert] * experts + expert
         elif rule == LFU:
-            worth[expert] += experts
-        else:
-            # What this token still looks up has its next use in a later one, too.
-            while told < len(ids) and times[told] == times[i]:
-                worth[ids[told]] = ids[told] - later[told] * experts
-                told += 1
-        falling = expert
-        least = MOST
-        for depth in range(held):
-            lying = stack[depth]
-            if lying == expert:
-                stack[depth] = falling
-                at_depth[depth] += 1
-                break
-            if worth[lying] < least:
-                stack[depth] = falling
-                falling = lying
-                least = worth[lying]
-        else:
-            if held < largest:
-                stack[held] = falling
-                held += 1
-    return at_depth
+            worth[at] = uses[expert] * len(ids) + i
+        elif rule == BELADY:
+            worth[at] = expert - later[i] * experts
+        elif not hit:
+            worth[at] = i
+    return hits
+
+
+def look_ahead(
+    first: int, ids: IntArray, times: IntArray, later: IntArray, experts: int, places: IntArray,
+    worth: IntArray,
+) -> int:  # fmt: skip
+    """Let Belady's rule see beyond a token all of whose lookups are to come; return their end.
+
+    What the token has yet to look up goes by its use in a later one, too.
+    """
+    end = first
+    while end < len(ids) and times[end] == times[first]:
+        at = places[ids[end]]
+        if at != NONE:
+            worth[at] = ids[end] - later[end] * experts
+        end += 1
+    return end
 
 
 def next_times(ids: IntArray, times: IntArray, experts: int) -> IntArray:
@@ -216,35 +234,3 @@ def next_times(ids: IntArray, times: IntArray, experts: int) -> IntArray:
             next_use[ids[first:end]] = times[first]
             end = first
     return later
-
-
-def one_size(rule: int, ids: IntArray, experts: int, size: int) -> int:
-    """Return the hits of one cache whose rule looks at nothing before an expert's admission.
-
-    What such a cache holds says nothing about other sizes: FIFO, and LFU by access.
-    """
-    worth = np.zeros(experts, np.int64)  # 0: not in the cache
-    uses = np.zeros(experts, np.int64)
-    places = np.zeros(size, np.int64)
-    held = 0
-    hits = 0
-    for i in range(len(ids)):
-        expert = ids[i]
-        if worth[expert] > 0:
-            hits += 1
-            if rule == FIFO:
-                continue
-        elif held < size:
-            places[held] = expert
-            held += 1
-        else:
-            least = 0
-            for at in range(1, size):
-                if worth[places[at]] < worth[places[least]]:
-                    least = at
-            worth[places[least]] = 0
-            uses[places[least]] = 0
-            places[least] = expert
-        uses[expert] += 1
-        worth[expert] = uses[expert] * len(ids) + i
-    return hits

@@ -20,7 +20,7 @@ from moesim.model import GroupedQuery, ModelSpec
 from moesim.policies.api import Placement, Setting
 from moesim.policies.registry import Chosen, choose
 from moesim.profile import HardwareProfile, load_profile, with_overrides
-from moesim.run import prepare
+from moesim.run import Prepared, prepare
 from moesim.sim.replay import Replayed, replay
 from moesim.traces.format import Trace
 from moesim.traces.workload import cut
@@ -136,16 +136,15 @@ def make_trace(choices: Any, experts: int, prompts: Sequence[int] = (1,)) -> Tra
     )
 
 
-def run(
+def prepared(
     policy: type | Chosen, choices: Any, costs: Costs, *, experts: int = 4, slots: int = 8,
     prompts: Sequence[int] = (1,), machine: HardwareProfile | None = None, seed: int = 0,
-    jitter: int = 0, bits: int = 16, on: str = "simpy",
-    progress: Callable[[int, int], None] | None = None,
-) -> Replayed:  # fmt: skip
-    """Replay choices through a policy, `on` one of the simulated machines, and audit the log."""
+    bits: int = 16,
+) -> Prepared:  # fmt: skip
+    """Return a run of choices through a policy, which a machine may replay once."""
     trace = make_trace(choices, experts, prompts)
     chosen = policy if isinstance(policy, Chosen) else Chosen(policy.__name__.lower(), policy, {})
-    prepared = prepare(
+    return prepare(
         trace,
         cut(trace, batch=len(prompts)),
         make_model(trace.layers, experts, trace.top_k),
@@ -156,9 +155,20 @@ def run(
         seed=seed,
         costs=costs,
     )
+
+
+def run(
+    policy: type | Chosen, choices: Any, costs: Costs, *, on: str = "simpy", seed: int = 0,
+    jitter: int = 0, progress: Callable[[int, int], None] | None = None, **options: Any,
+) -> Replayed:  # fmt: skip
+    """Replay choices through a policy, `on` a simulated machine, and audit the log.
+
+    `options` are those of `prepared`.
+    """
     done = replay(
-        prepared, machine=on, seed=seed, jitter=jitter, record=True, progress=progress
-    )
+        prepared(policy, choices, costs, seed=seed, **options),
+        machine=on, seed=seed, jitter=jitter, record=True, progress=progress,
+    )  # fmt: skip
     assert done.log is not None
     audit(done.log)
     return done

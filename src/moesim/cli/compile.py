@@ -32,7 +32,9 @@ def command(policies: tuple[str, ...], clear: bool, listing: bool) -> None:
         return
     if listing:
         for path, record in store.records():
-            what = f"does not compile: {record.error}" if record.error else f"{record.seconds:.1f} s"
+            what = (
+                f"does not compile: {record.error}" if record.error else f"{record.seconds:.1f} s"
+            )
             click.echo(f"{path.stem}  {what}")
         click.echo(f"in {store.folder()}")
         return
