@@ -38,7 +38,10 @@ def written(trace: Trace, folder: Path) -> list[str]:
 
 
 def libcachesim(paths: list[str], size: int) -> tuple[float, list[float]]:
-    """Return the seconds that it spends on the trace itself, and the miss ratio of each layer."""
+    """Return the seconds that it spends on the trace itself, and the miss ratio of each layer.
+
+    With a small hash table it is three times as fast as with its default of 2^24 buckets.
+    """
     from libcachesim import LRU, TraceReader, TraceType
 
     spent_s, misses = 0.0, []

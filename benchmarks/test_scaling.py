@@ -7,10 +7,11 @@ peak memory of one replay in bytes.
 
 import subprocess
 import sys
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -46,23 +47,26 @@ AXES = {
     "layers": (4, 12, 24, 48, 96),
     "tokens": (256, 1024, 4096, 16384),
 }
-UNITS = {
-    "experts": "experts per layer",
-    "top_k": "experts per token (top-k)",
-    "batch": "sequences in the batch",
-    "layers": "MoE layers",
-    "tokens": "trace length (tokens per sequence)",
-}
+LABELS = (
+    "experts per layer",
+    "experts per token",
+    "sequences",
+    "MoE layers",
+    "tokens per sequence",
+)
+DALI = "dali:predictor=oracle"  # costs nothing to prepare, and is about as good as recorded gates
 SERIES = (
-    ("compiled", "dali:predictor=oracle"),  # free to prepare, and about as good as recorded gates
+    ("compiled", DALI),
     ("compiled", "lru"),
     ("compiled", "static:by=expert"),
-    ("simpy", "dali:predictor=oracle"),
+    ("simpy", DALI),
 )
-SIMPY_TOKENS = {"tokens": (64, 256, 512)}
-"""SimPy takes some 80 times as long, so it has shorter traces; 8 tokens on all other axes."""
-REPETITIONS = {"compiled": 3, "simpy": 1}
-PICTURE = Path(__file__).with_name("scaling.png")
+SIMPY_TOKENS = (64, 256, 512)
+"""SimPy takes some 80 times as long, so its traces are shorter; 8 tokens on all other axes."""
+STYLES = ("o-", "s-", "^-", "D--")
+REPETITIONS = 3
+Costs = dict[int, float]
+"""Median ns of a layer step by the value on an axis."""
 
 
 @cache
@@ -90,45 +94,49 @@ def prepared(policy: str, shape: Shape) -> Prepared:
     return prepare(trace, workload, model, profile, choose(policy), budget_bytes=budget_bytes)
 
 
-def measure(axis: str, machine: str, policy: str) -> dict[int, float]:
-    """Return the median ns of a layer step by the value on an axis."""
-    base, values = Shape(), AXES[axis]
-    if machine == "simpy":
-        base, values = Shape(tokens=8), SIMPY_TOKENS.get(axis, values)
-    spent: dict[int, list[float]] = {value: [] for value in values}
-    operations: dict[int, set[int]] = {value: set() for value in values}
-    for _ in range(REPETITIONS[machine]):
-        for value in values:
-            shape = base._replace(**{axis: value})
-            run = replay(prepared(policy, shape), machine=machine)
-            assert len(run.heads) == shape.tokens
-            spent[value].append(run.wall_s * 1e9 / (shape.tokens * shape.layers))
-            operations[value].add(run.operations)
-    assert all(len(counts) == 1 and min(counts) > 0 for counts in operations.values())
-    return {value: median(each) for value, each in spent.items()}
+def points(axis: str, machine: str) -> list[tuple[int, Shape]]:
+    """Return the values on an axis and the shapes that have them."""
+    simpy = machine == "simpy"
+    values = SIMPY_TOKENS if simpy and axis == "tokens" else AXES[axis]
+    base = Shape(tokens=8) if simpy else Shape()
+    return [(value, base._replace(**{axis: value})) for value in values]
 
 
-def exponent(costs_ns: dict[int, float]) -> float:
+def measure(axis: str) -> list[Costs]:
+    """Return the costs of each series; one round takes all in turn, SimPy in the first alone."""
+    spent_ns: list[dict[int, list[float]]] = [defaultdict(list) for _ in SERIES]
+    operations: dict[tuple[str, Shape], int] = {}
+    for repetition in range(REPETITIONS):
+        for (machine, policy), spent in zip(SERIES, spent_ns, strict=True):
+            if machine == "simpy" and repetition > 0:
+                continue
+            for value, shape in points(axis, machine):
+                run = replay(prepared(policy, shape), machine=machine)
+                assert len(run.heads) == shape.tokens
+                assert operations.setdefault((policy, shape), run.operations) == run.operations > 0
+                spent[value].append(run.wall_s * 1e9 / (shape.tokens * shape.layers))
+    routing.cache_clear()
+    return [{value: median(each) for value, each in spent.items()} for spent in spent_ns]
+
+
+def exponent(costs: Costs) -> float:
     """Return b of the power law a x^b, by least squares of the logarithms."""
-    return float(np.polyfit(np.log(list(costs_ns)), np.log(list(costs_ns.values())), 1)[0])
+    return float(np.polyfit(np.log(list(costs)), np.log(list(costs.values())), 1)[0])
 
 
 def test_cost_of_a_layer_step() -> None:
-    results: dict[str, dict[str, dict[int, float]]] = {}
-    for axis in AXES:
-        print(f"\nns per layer step by {UNITS[axis]}")
-        results[axis] = {}
-        for machine, policy in SERIES:
-            costs_ns = results[axis][f"{policy.split(':')[0]}, {machine}"] = measure(
-                axis, machine, policy
-            )
-            row = "".join(f"{value:>8}: {ns:<9,.0f}" for value, ns in costs_ns.items())
-            print(f"{policy:22} {machine:9} exponent {exponent(costs_ns):5.2f} {row}")
-        routing.cache_clear()
+    for machine, policy in SERIES:
+        replay(prepared(policy, Shape(tokens=1)), machine=machine)  # compiles, if need be
+    results = [measure(axis) for axis in AXES]
+    for label, series in zip(LABELS, results, strict=True):
+        print(f"\nns per layer step, by {label}")
+        for (machine, policy), costs in zip(SERIES, series, strict=True):
+            row = "".join(f"{value:>8}: {ns:<9,.0f}" for value, ns in costs.items())
+            print(f"{policy:22} {machine:9} exponent {exponent(costs):5.2f} {row}")
     plot(results)
 
 
-def plot(results: dict[str, dict[str, dict[int, float]]]) -> None:
+def plot(results: list[list[Costs]]) -> None:
     """Draw one panel per axis, cost over value, both logarithmic."""
     import matplotlib as mpl
 
@@ -136,30 +144,24 @@ def plot(results: dict[str, dict[str, dict[int, float]]]) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(2, 3, figsize=(15, 9), sharey=True, layout="constrained")
-    for (axis, series), panel in zip(results.items(), panels.flat, strict=False):
-        for (name, costs_ns), marker in zip(series.items(), "os^D", strict=True):
-            draw(panel, name, costs_ns, marker)
-        panel.set(
-            xscale="log", yscale="log", xlabel=UNITS[axis], ylabel="cost of a layer step (µs)"
-        )
-        panel.set_xscale("log", base=2)
+    *panels, note = panels.flat
+    for panel, label, series in zip(panels, LABELS, results, strict=True):
+        for (machine, policy), costs, style in zip(SERIES, series, STYLES, strict=True):
+            name = f"{policy.split(':')[0]}, {machine}: {exponent(costs):.2f}"
+            panel.loglog(list(costs), [ns / 1e3 for ns in costs.values()], style, label=name)
+        panel.set(xlabel=label, ylabel="cost of a layer step (µs)")
+        panel.set_xticks(sorted({*series[0], *series[-1]}))
         panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.minorticks_off()
         panel.tick_params(labelleft=True)
         panel.grid(alpha=0.3)
         panel.legend(title="policy, machine: exponent", fontsize="small")
-    panels.flat[-1].axis("off")
-    shape = ", ".join(f"{value} {name}" for name, value in Shape()._asdict().items())
-    panels.flat[-1].text(0, 0.5, f"All else equal:\n{shape}\n(8 tokens on SimPy)", fontsize="large")
-    figure.savefig(PICTURE, dpi=80)
+    note.axis("off")
+    base = "\n".join(f"{name} {value}" for name, value in Shape()._asdict().items())
+    text = f"Where it is not varied:\n\n{base}\n\n(8 tokens on SimPy)"
+    note.text(0.3, 0.3, text, fontsize="large", transform=note.transAxes)
+    figure.savefig(Path(__file__).with_name("scaling.png"), dpi=80)
     pyplot.close(figure)
-
-
-def draw(panel: Any, name: str, costs_ns: dict[int, float], marker: str) -> None:
-    """Draw one line and name its exponent."""
-    costs_us = [ns / 1e3 for ns in costs_ns.values()]
-    style = "--" if name.endswith("simpy") else "-"
-    label = f"{name}: {exponent(costs_ns):.2f}"
-    panel.plot(list(costs_ns), costs_us, style, marker=marker, label=label)
 
 
 @pytest.mark.parametrize(("machine", "lengths"), [("simpy", (64, 512)), ("compiled", (512, 8192))])
@@ -169,11 +171,10 @@ def test_memory(machine: str, lengths: tuple[int, int]) -> None:
         command = [sys.executable, __file__, machine, str(tokens)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks.append(int(done.stdout))
-    per_token = (peaks[1] - peaks[0]) / (lengths[1] - lengths[0])
+    per_layer_step = (peaks[1] - peaks[0]) / (lengths[1] - lengths[0]) / Shape().layers
     print(
         f"\npeak memory, {machine}: {peaks[0] / 1e6:.0f} MB for {lengths[0]} tokens, "
-        f"{peaks[1] / 1e6:.0f} MB for {lengths[1]}: {per_token:,.0f} bytes per token, "
-        f"{per_token / Shape().layers:,.0f} per layer step"
+        f"{peaks[1] / 1e6:.0f} MB for {lengths[1]}: {per_layer_step:,.0f} bytes per layer step"
     )
     assert min(peaks) > 0
 
@@ -185,5 +186,5 @@ def peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    replay(prepared(SERIES[0][1], Shape(tokens=int(sys.argv[2]))), machine=sys.argv[1])
+    replay(prepared(DALI, Shape(tokens=int(sys.argv[2]))), machine=sys.argv[1])
     print(peak_bytes())

@@ -25,7 +25,7 @@ def twice(x: int, by: int = FACTOR) -> int:
 
 def outer(x: int) -> float:
     # A comment that decides nothing.
-    return twice(x) + twice(x, by=1) + SHAPE[1][0] + math.floor(np.sqrt(4.0))
+    return twice(x) + twice(x, by=1) + SHAPE[1][0] + math.floor(math.sqrt(4.0))
 
 
 def uses_a_table(x: int) -> float:
@@ -86,7 +86,7 @@ def test_another_function_may_stand_in() -> None:
     flat = flatten([calls])
     assert loaded(flat.text)[flat.names[calls]](1) == 2
     flat = flatten([calls], {fast: "given"})
-    space = {"jit": lambda function: function, "given": lambda x: x + 5}
+    space: dict[str, Any] = {"jit": lambda function: function, "given": lambda x: x + 5}
     exec(flat.text, space)
     assert space[flat.names[calls]](1) == 6
 

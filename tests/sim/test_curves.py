@@ -138,17 +138,6 @@ def synthetic(experts: int = 32) -> Trace:
     )
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("clock", CLOCKS)
-def test_a_size_does_not_depend_on_those_asked_for_with_it(clock: str, compiled: bool) -> None:
-    trace = synthetic()
-    together = curves(trace, RULES, [20, 3, 8, 3], clock, compiled=compiled).hits
-
-    for i, size in enumerate([20, 3, 8, 3]):
-        alone = curves(trace, RULES, [size], clock, compiled=compiled).hits
-        assert (together[:, i] == alone[:, 0]).all()
-
-
 @given(token_lists)
 def test_laws(tokens: list[list[int]]) -> None:
     used = np.array(tokens)

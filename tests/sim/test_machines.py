@@ -94,7 +94,7 @@ def called_back(prepared: Prepared) -> Machinery:
     def answer(name: str) -> Callable[..., int]:
         def call(result: Any, error: Any, policy: int, view: int, plan: int) -> int:
             words = (ctypes.c_int64 * seen.type.words).from_address(view)
-            scalars = {}
+            scalars: dict[str, Any] = {}
             for field, value in zip(View._fields, host.seen, strict=True):
                 at = seen.type.offsets[field]
                 if isinstance(value, np.ndarray):
@@ -153,8 +153,8 @@ def same(one: Replayed, other: Replayed) -> None:
             np.asarray(getattr(one.prepared.host, name))
             == np.asarray(getattr(other.prepared.host, name))
         ).all()
-    for left, right in zip(one.prepared.host.res, other.prepared.host.res, strict=True):
-        assert np.array_equal(left, right)
+    for mine, theirs in zip(one.prepared.host.res, other.prepared.host.res, strict=True):
+        assert np.array_equal(np.asarray(mine), np.asarray(theirs))
 
 
 def test_every_policy_is_compared() -> None:

@@ -161,8 +161,8 @@ def command(
     machine = machine_for(prepared, machine, lambda line: click.echo(f"note: {line}", err=True))
     run = with_progress(
         lambda progress: replay(
-            prepared, machine=machine, seed=seed, jitter=round(jitter * 1024), record=timeline is not None,
-            progress=progress,
+            prepared, machine=machine, seed=seed, jitter=round(jitter * 1024),
+            record=timeline is not None, progress=progress,
         )
     )  # fmt: skip
     if timeline is not None:
