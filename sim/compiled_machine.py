@@ -478,7 +478,8 @@ def pass_instant(machine: Lanes, now: int) -> None:
                     complete(machine, lane)
         if ended:
             for lane in range(LANE_COUNT):
-                start_what_can(machine, lane)
+                if machine.queues[lane, FIRST] > 0 or lane == H2D:
+                    start_what_can(machine, lane)
 
 
 def start_what_can(machine: Lanes, lane: int) -> None:

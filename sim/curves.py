@@ -22,7 +22,7 @@ import numpy as np
 
 from moesim.errors import InputError
 from moesim.jit.flatten import flatten
-from moesim.jit.store import Stored, load, place, record_of
+from moesim.jit.store import Stored, disabled, load, place, record_of
 from moesim.traces.format import MISSING, Trace
 from moesim.types import NONE, FloatArray, IntArray
 
@@ -98,7 +98,7 @@ def curves(
     ready = record_of(stored) is not None
     work = trace.experts.size * len(rules) * len(sizes)
     if compiled is None:
-        compiled = ready or work > PATIENCE_S * LOOKUPS_PER_S
+        compiled = not disabled() and (ready or work > PATIENCE_S * LOOKUPS_PER_S)
     if compiled and not ready and say is not None:
         say(f"compiling the cache rules, about {COMPILE_S} s, once")
     count: Rules = compiled_rules(stored) if compiled else count_hits

@@ -16,7 +16,7 @@ import moesim.machine as verbs
 from moesim.errors import InputError, PolicyError
 from moesim.host import call_hook, run_steps
 from moesim.jit.flatten import NotCompilableError, flatten
-from moesim.jit.store import Stored, load, note, place, record_of
+from moesim.jit.store import Stored, disabled, load, note, place, record_of
 from moesim.policies.api import HOOKS
 from moesim.policies.registry import Chosen
 from moesim.run import Prepared
@@ -104,6 +104,8 @@ def hooks_module(cls: type) -> Stored:
 
     Indices are checked: a policy that reads beyond an array gets an error, not other memory.
     """
+    if disabled():
+        raise NotCompilableError("NUMBA_DISABLE_JIT is set")
     if not hasattr(cls, "_fields"):
         raise NotCompilableError(f"{cls.__name__} is no NamedTuple")
     hooks = {name: getattr(cls, name) for name in HOOKS if hasattr(cls, name)}

@@ -48,10 +48,10 @@ def test_help_of_a_command_imports_nothing_heavy(tmp_path: Path) -> None:
     assert packages & {"numpy", "pandas", "rich", "simpy", "torch", "yaml"} == set()
 
 
-def test_replay_imports_no_optional_package(small: Path, tmp_path: Path) -> None:
-    words = ["replay", small, "--csv", "steps.csv", "--timeline", "t.json"]
+def test_replay_on_simpy_imports_nothing_heavy(small: Path, tmp_path: Path) -> None:
+    words = ["replay", small, "--machine", "simpy", "--csv", "steps.csv", "--timeline", "t.json"]
     packages = {name.partition(".")[0] for name in imported(*words, cwd=tmp_path)}
 
     assert {"numpy", "simpy"} <= packages
-    optional = {"distributed", "joblib", "matplotlib", "numba", "pandas", "torch", "transformers"}
-    assert packages & optional == set()
+    heavy = {"distributed", "joblib", "matplotlib", "numba", "pandas", "torch", "transformers"}
+    assert packages & heavy == set()

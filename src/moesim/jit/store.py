@@ -45,6 +45,11 @@ class Stored(NamedTuple):
     """Of its source; its record is beside it."""
 
 
+def disabled() -> bool:
+    """Say whether Numba was told to compile nothing, as for measuring which lines tests reach."""
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+
+
 def folder() -> Path:
     """Return where compiled modules are kept: MOESIM_CACHE_DIR, or the user's cache folder."""
     chosen = os.environ.get("MOESIM_CACHE_DIR")
