@@ -42,14 +42,13 @@ LOOKUPS_PER_S = 1_000_000
 """About what plain Python does, in one cache per layer."""
 
 MODULE = """\
-import numba
+from moesim.jit.structs import entry, inner
 
-jit = numba.njit
-entry = numba.njit(nogil=True, cache=True)
+jit = inner()
 
 {functions}
 
-@entry
+@entry()
 def count_hits(rule, clock, ids, times, experts, sizes, hits):
     {name}(rule, clock, ids, times, experts, sizes, hits)
 """

@@ -39,11 +39,10 @@ from moesim.sim.rules import Totals
 from moesim.state import OK, Host
 
 PREAMBLE = """\
-import numba
-from moesim.jit.structs import call_at, call_back, constructor, inner
+from moesim.jit.structs import call_at, call_back, constructor, entry, inner
 
 jit = inner({options})
-entry = numba.njit({options}, nogil=True, cache=True)
+entry = entry({options})
 """
 
 ENGINE = """
@@ -72,7 +71,7 @@ def {hook}(self, view, plan):
 
 VERBS = ("begin", "submit", "wait", "done", "pause", "cancel", "promote", "route", "predict")
 
-ENGINE_S, HOOKS_S = 30, 5
+ENGINE_S, HOOKS_S = 15, 4
 """About what compiling the host program and a policy's hooks takes, once."""
 LAYER_STEPS_PER_S = 2000
 """About what the SimPy machine does at batch 1."""
@@ -194,6 +193,8 @@ def lanes_of(prepared: Prepared, seed: int, jitter: int, record: bool) -> Lanes:
 
 class CompiledRun:
     """A run on the compiled machine; see `replay.Run`."""
+
+    stride = 128  # Coming back to Python costs a wait for the GIL, where other threads want it.
 
     def __init__(self, prepared: Prepared, *, seed: int, jitter: int, record: bool) -> None:
         """Compile what is needed; raise InputError for a policy that does not compile."""

@@ -17,9 +17,6 @@ from moesim.sim.simpy_machine import SimpyMachine
 from moesim.state import OK, host_error
 from moesim.types import IntArray, as_scalars
 
-RANGE = 16
-"""Steps between two reports of progress."""
-
 
 class Replayed(NamedTuple):
     """A finished run: what the machine added up, and where the host and its tables ended."""
@@ -40,6 +37,9 @@ class Replayed(NamedTuple):
 class Run(Protocol):
     """A run under way on one of the simulated machines."""
 
+    stride: int
+    """Steps between two reports of progress."""
+
     def steps(self, first: int, last: int) -> int:
         """Run steps, the last excluded, and drain after the very last; return the rule broken."""
 
@@ -58,6 +58,8 @@ class Run(Protocol):
 
 class SimpyRun:
     """A run on the SimPy machine; see `Run`."""
+
+    stride = 16
 
     def __init__(self, prepared: Prepared, *, seed: int, jitter: int, record: bool) -> None:
         """Make the machine."""
@@ -124,8 +126,8 @@ def replay(
     run = start(prepared, machine, seed=seed, jitter=jitter, record=record)
     steps = len(host.steps.phase)
     started = time.perf_counter()
-    for first in range(0, steps, RANGE):
-        last = min(first + RANGE, steps)
+    for first in range(0, steps, run.stride):
+        last = min(first + run.stride, steps)
         if run.steps(first, last) != OK:
             raise host_error(host, prepared.chosen.name)
         if progress is not None:

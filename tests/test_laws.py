@@ -16,7 +16,7 @@ import moesim.testing as lab
 from moesim.policies.registry import choose
 from moesim.residency import Residency
 from moesim.sim.metrics import by_step, link_bytes, summarize
-from moesim.sim.replay import Replayed
+from moesim.sim.replay import Replayed, SimpyRun
 from moesim.types import LANES, NONE, WHOLE
 from wild import Case, Wild, cases
 
@@ -107,15 +107,10 @@ def test_the_same_inputs_give_the_same_bytes(policy: Any, case: Case) -> None:
 @settings(max_examples=30)
 def test_reading_progress_changes_nothing(case: Case, cut: int) -> None:
     """The host keeps its state in arrays: a run cut into ranges of steps is the same run."""
-    import moesim.sim.replay as module
-
     whole = case.run(Wild)
-    before = module.RANGE
-    try:
-        module.RANGE = cut
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimpyRun, "stride", cut)
         pieces = case.run(Wild)
-    finally:
-        module.RANGE = before
     assert (whole.log.operations == pieces.log.operations).all()
     assert (whole.log.segments == pieces.log.segments).all()
 

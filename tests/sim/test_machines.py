@@ -180,7 +180,7 @@ def test_its_source_gives_the_same_log_as_plain_python(policy: Any, case: Case) 
 def test_a_compiled_run_cut_into_ranges_is_the_same_run(case: Case, cut: int) -> None:
     whole = run_on("compiled", case, "dali")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moesim.sim.replay, "RANGE", cut)
+        patch.setattr(CompiledRun, "stride", cut)
         same(whole, run_on("compiled", case, "dali"))
 
 

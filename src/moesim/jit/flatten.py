@@ -7,9 +7,8 @@ NumPy's and `math`'s. Annotations, docstrings and comments are left out: they de
 
 import ast
 import builtins
-import inspect
+import linecache
 import math
-import textwrap
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -70,6 +69,7 @@ class _Writer:
         self.constants: list[str] = []
         self.constant_names: dict[str, str] = {}
         self.classes: list[type] = []
+        self.files: dict[str, dict[int, ast.FunctionDef]] = {}
 
     def unique(self, wanted: str) -> str:
         name, count = wanted, 1
@@ -112,19 +112,31 @@ class _Writer:
             return self.constant_names[key]
         raise NotCompilableError(f"{where} uses {name}, a {type(value).__name__}")
 
+    def definition(self, function: Any, where: str) -> ast.FunctionDef:
+        """Return the parsed text of a function, which its file has at its first line."""
+        file = function.__code__.co_filename
+        if file not in self.files:
+            try:
+                tree = ast.parse("".join(linecache.getlines(file, function.__globals__)))
+            except SyntaxError as error:
+                raise NotCompilableError(f"{where}: {error}") from None
+            self.files[file] = {
+                min([node.lineno, *(part.lineno for part in node.decorator_list)]): node
+                for node in ast.walk(tree)
+                if isinstance(node, ast.FunctionDef)
+            }
+        found = self.files[file].pop(function.__code__.co_firstlineno, None)
+        if found is None or found.name != function.__code__.co_name:
+            raise NotCompilableError(f"{where} is no plain function, or has no source")
+        return found
+
     def body(self, function: Any) -> str:
         """Return a function's text, with the names of the module."""
         where = f"{function.__module__}.{function.__qualname__}"
-        try:
-            source = textwrap.dedent(inspect.getsource(function))
-            tree = ast.parse(source)
-        except (OSError, TypeError, SyntaxError) as error:
-            raise NotCompilableError(f"{where} has no source that can be read: {error}") from None
-        definition = tree.body[0]
-        if not isinstance(definition, ast.FunctionDef):
-            raise NotCompilableError(f"{where} is no plain function")
-        outer = inspect.getclosurevars(function)
-        known = {**function.__globals__, **outer.nonlocals}
+        definition = self.definition(function, where)
+        known = dict(function.__globals__)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            known[name] = cell.cell_contents
         local = set(function.__code__.co_varnames) | set(function.__code__.co_cellvars)
         renamed = _Rename(self, known, local, where).visit(definition)
         renamed.name = self.names[function]

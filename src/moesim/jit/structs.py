@@ -27,6 +27,8 @@ from numba.extending import (
 )
 from numba.np import arrayobj
 
+from moesim.jit.assembly import assembled_only
+
 WORD = ir.IntType(64)
 types: Any = core.types  # whose stubs are a part of what there is
 
@@ -214,6 +216,23 @@ def inner(**options: Any) -> Any:
             )
 
         made.get_call_template = widened
+        return made
+
+    return decorate
+
+
+def entry(**options: Any) -> Any:
+    """Return the decorator of functions that Python calls: kept on disk, and run without the GIL."""
+
+    def decorate(function: Any) -> Any:
+        made = numba.njit(function, nogil=True, cache=True, **options)
+        usual = made.compile
+
+        def alone(signature: Any) -> Any:
+            with assembled_only(function.__name__):
+                return usual(signature)
+
+        made.compile = alone
         return made
 
     return decorate
