@@ -17,7 +17,8 @@ POLICIES = ("lru", "static:by=expert,order=popularity", "dali", "static")
 
 
 def moesim(*arguments: str, cwd: Path | None = None) -> str:
-    """Return what a command prints on a terminal of 80 columns."""
+    """Return what a command prints on a terminal of 80 columns, where nothing was compiled yet."""
+    nowhere = str(README.parent / "nowhere")
     code = "from moesim.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -25,7 +26,7 @@ def moesim(*arguments: str, cwd: Path | None = None) -> str:
         text=True,
         check=True,
         cwd=cwd,
-        env=os.environ | {"COLUMNS": "80", "XDG_CONFIG_HOME": str(README.parent / "nowhere")},
+        env=os.environ | {"COLUMNS": "80", "XDG_CONFIG_HOME": nowhere, "MOESIM_CACHE_DIR": nowhere},
     )
     return done.stdout
 
@@ -45,6 +46,11 @@ def comparable(text: str) -> list[str]:
 def test_the_output_is_what_the_command_prints() -> None:
     shown = block("<!-- output of: moesim replay --policy dali -->")
     assert comparable(shown) == comparable(moesim("replay", "--policy", "dali"))
+
+
+def test_the_curves_are_what_the_command_prints() -> None:
+    shown = block("<!-- output of: moesim cache -->")
+    assert comparable(shown) == comparable(moesim("cache"))
 
 
 def test_the_table_holds_what_the_policies_give() -> None:

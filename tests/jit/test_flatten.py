@@ -97,5 +97,7 @@ def test_what_cannot_be_written_down_is_refused_by_name() -> None:
     space: dict[str, Any] = {}
     exec("def nowhere(x): return x", space)
     space["nowhere"].__module__ = "m"
-    with pytest.raises(NotCompilableError, match=r"m\.nowhere is no plain function, or has no source"):
+    with pytest.raises(
+        NotCompilableError, match=r"m\.nowhere is no plain function"
+    ):
         flatten([space["nowhere"]])

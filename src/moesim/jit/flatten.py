@@ -135,7 +135,9 @@ class _Writer:
         where = f"{function.__module__}.{function.__qualname__}"
         definition = self.definition(function, where)
         known = dict(function.__globals__)
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        for name, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
             known[name] = cell.cell_contents
         local = set(function.__code__.co_varnames) | set(function.__code__.co_cellvars)
         renamed = _Rename(self, known, local, where).visit(definition)

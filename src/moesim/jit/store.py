@@ -103,7 +103,7 @@ def records() -> list[tuple[Path, Record]]:
 
 def clear() -> int:
     """Delete the folder; return how many modules were in it."""
-    count = len(list(folder().glob("*.py")))
+    count = len(list(folder().glob("*.json")))
     shutil.rmtree(folder(), ignore_errors=True)
     return count
 
@@ -140,9 +140,10 @@ def load(stored: Stored, prepare: Callable[[ModuleType], Any]) -> Any:
 def note(stored: Stored, error: str, seconds: float) -> None:
     """Write a module's record, if that is possible."""
     record = Record(stored.name, round(seconds, 3), error)
+    path = stored.path.with_suffix(".json")
     try:
-        stored.path.parent.mkdir(parents=True, exist_ok=True)
-        write(stored.path.with_suffix(".json"), msgspec.json.encode(record))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, msgspec.json.encode(record))
     except OSError:
         return
 
