@@ -155,7 +155,6 @@ def compiled_engine(machine: Any, host: Any) -> Callable[..., int]:
 @cache
 def compiled_hooks(cls: type, kinds: tuple[Any, ...]) -> tuple[int, ...]:
     """Return the addresses of a policy's hooks for the types of policy, view and plan."""
-    from numba.core.errors import NumbaError
 
     def prepare(module: ModuleType) -> tuple[int, ...]:
         return tuple(address(getattr(module, name, None)) for name in HOOKS)
@@ -170,8 +169,10 @@ def compiled_hooks(cls: type, kinds: tuple[Any, ...]) -> tuple[int, ...]:
     stored = hooks_module(cls)
     try:
         return cast("tuple[int, ...]", load(stored, prepare))
-    except NumbaError as error:
-        reason = first_reason(str(error))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of Numba's own, or whatever it stumbled over
+        reason = first_reason(f"{error}" or type(error).__name__)
         note(stored, reason, 0.0)
         raise NotCompilableError(reason) from None
 

@@ -16,9 +16,14 @@ pytestmark = pytest.mark.skipif(not README.exists(), reason="needs the checkout,
 POLICIES = ("lru", "static:by=expert,order=popularity", "dali", "static")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The README shows what a new user sees."""
+    monkeypatch.setenv("MOESIM_CACHE_DIR", str(tmp_path / "cache"))
+
+
 def moesim(*arguments: str, cwd: Path | None = None) -> str:
-    """Return what a command prints on a terminal of 80 columns, where nothing was compiled yet."""
-    nowhere = str(README.parent / "nowhere")
+    """Return what a command prints on a terminal of 80 columns."""
     code = "from moesim.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -26,7 +31,7 @@ def moesim(*arguments: str, cwd: Path | None = None) -> str:
         text=True,
         check=True,
         cwd=cwd,
-        env=os.environ | {"COLUMNS": "80", "XDG_CONFIG_HOME": nowhere, "MOESIM_CACHE_DIR": nowhere},
+        env=os.environ | {"COLUMNS": "80", "XDG_CONFIG_HOME": str(README.parent / "nowhere")},
     )
     return done.stdout
 

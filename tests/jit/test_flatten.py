@@ -97,7 +97,5 @@ def test_what_cannot_be_written_down_is_refused_by_name() -> None:
     space: dict[str, Any] = {}
     exec("def nowhere(x): return x", space)
     space["nowhere"].__module__ = "m"
-    with pytest.raises(
-        NotCompilableError, match=r"m\.nowhere is no plain function"
-    ):
+    with pytest.raises(NotCompilableError, match=r"m\.nowhere is no plain function"):
         flatten([space["nowhere"]])
