@@ -122,6 +122,8 @@ class Machinery(NamedTuple):
     run: Callable[..., int]
     hooks: tuple[int, ...]
     """Addresses; 0 for a hook that the policy has not."""
+    keeps: Any = None
+    """What the code at these addresses belongs to."""
 
 
 def compile_for(prepared: Prepared) -> Machinery:
@@ -135,8 +137,8 @@ def compile_for(prepared: Prepared) -> Machinery:
     policy = Block(prepared.policy).type
     machine = Block(lanes_of(prepared, 0, 0, False)).type
     kinds = dict(host.fields)
-    hooks = compiled_hooks(prepared.chosen.cls, (policy, kinds["seen"], kinds["plan"]))
-    return Machinery(compiled_engine(machine, host), hooks)
+    hooks, module = compiled_hooks(prepared.chosen.cls, (policy, kinds["seen"], kinds["plan"]))
+    return Machinery(compiled_engine(machine, host), hooks, module)
 
 
 @cache
@@ -153,11 +155,14 @@ def compiled_engine(machine: Any, host: Any) -> Callable[..., int]:
 
 
 @cache
-def compiled_hooks(cls: type, kinds: tuple[Any, ...]) -> tuple[int, ...]:
-    """Return the addresses of a policy's hooks for the types of policy, view and plan."""
+def compiled_hooks(cls: type, kinds: tuple[Any, ...]) -> tuple[tuple[int, ...], ModuleType]:
+    """Return the addresses of a policy's hooks for the types of policy, view and plan.
 
-    def prepare(module: ModuleType) -> tuple[int, ...]:
-        return tuple(address(getattr(module, name, None)) for name in HOOKS)
+    They are good as long as the module is, which is returned, too.
+    """
+
+    def prepare(module: ModuleType) -> tuple[tuple[int, ...], ModuleType]:
+        return tuple(address(getattr(module, name, None)) for name in HOOKS), module
 
     def address(hook: Any) -> int:
         if hook is None:
@@ -168,7 +173,7 @@ def compiled_hooks(cls: type, kinds: tuple[Any, ...]) -> tuple[int, ...]:
 
     stored = hooks_module(cls)
     try:
-        return cast("tuple[int, ...]", load(stored, prepare))
+        return cast("tuple[tuple[int, ...], ModuleType]", load(stored, prepare))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of Numba's own, or whatever it stumbled over
@@ -213,7 +218,7 @@ class CompiledRun:
         self.host = Block(prepared.host)
         self.policy = Block(prepared.policy)
         self.table = np.array([self.policy.address, *made.hooks], np.int64)
-        self.compiled = made.run
+        self.made = made
 
     def grow(self, table: int) -> int:
         """Double a table; return 0 if there is no memory, since no exception gets through."""
@@ -229,7 +234,7 @@ class CompiledRun:
     def steps(self, first: int, last: int) -> int:
         """Run steps; return the rule broken, or OK."""
         try:
-            return self.compiled(self.machine, self.table, self.host, first, last)
+            return self.made.run(self.machine, self.table, self.host, first, last)
         except MemoryError:
             raise
         except Exception as error:
