@@ -168,7 +168,10 @@ def test_options(case: str, refused: Callable[..., str], small: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["replai"], ["'replai'", "there are: hardware, models, policies, replay, trace"]),
+        (
+            ["replai"],
+            ["'replai'", "there are: cache, compile, hardware, models, policies, replay, trace"],
+        ),
         (["trace", "show"], ["'show'", "there are: info, synth"]),
         (["--polici"], ["--polici", "see moesim --help"]),
         (["trace", "synth", "-o", "x", "--recall", "nan"], ["--recall", "0<=x<=1"]),
