@@ -222,7 +222,7 @@ def inner(**options: Any) -> Any:
 
 
 def entry(**options: Any) -> Any:
-    """Return the decorator of functions that Python calls: kept on disk, and run without the GIL."""
+    """Return the decorator of functions that Python calls: kept on disk, run without the GIL."""
 
     def decorate(function: Any) -> Any:
         made = numba.njit(function, nogil=True, cache=True, **options)
