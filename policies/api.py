@@ -300,7 +300,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     predictions: tuple[Prediction, ...] = ()
     link: Literal["priority", "fifo"] = "priority"
     chunk_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """0: the machine's own."""
+    """Where a background copy may be preempted; 0: the machine's own."""
     host_computes: bool = False
     """The host waits for each expert on the CPU (Huang et al.)."""
     gemm_per_batch: bool = False

@@ -300,8 +300,11 @@ def check_preemptions(run: Run, lines: dict[int, list[Stay]], work: Work) -> Non
 
 
 def chunk_count(copy: Operation, chunk_bytes: int) -> int:
-    """Return into how many equal chunks a copy is divided."""
-    return max(1, -(-copy.amount // chunk_bytes)) if chunk_bytes > 0 else 1
+    """Return into how many equal chunks a copy is divided: so few that 64 bits count its work."""
+    if chunk_bytes <= 0:
+        return 1
+    work = copy.duration_ns * FULL_SPEED
+    return max(1, min(-(-copy.amount // chunk_bytes), (1 << 62) // max(1, work)))
 
 
 def borders_reached(copy: Operation, done: int, count: int) -> int:
