@@ -116,6 +116,7 @@ LOGGED = (
 PROMOTE_NS, CANCEL_NS = LOGGED.index("promote_ns"), LOGGED.index("cancel_ns")
 
 OPS, RING, OPERATIONS, SEGMENT_ROWS = range(4)
+GROWING = ("ops", "ring", "operations", "segments")
 """Tables that grow."""
 
 
@@ -357,7 +358,7 @@ def grow(machine: Lanes, table: int) -> int:
 
     A longer ring is filled anew, and doubled until no two open tickets share a place.
     """
-    found = (machine.ops, machine.ring, machine.operations, machine.segments)[table]
+    found = getattr(machine, GROWING[table])
     found.resize((2 * len(found), *found.shape[1:]), refcheck=False)
     if table == RING:
         opened = np.flatnonzero(machine.ops[:, TICKET])

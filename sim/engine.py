@@ -21,6 +21,7 @@ from moesim.policies.api import HOOKS
 from moesim.policies.registry import Chosen
 from moesim.run import Prepared
 from moesim.sim.compiled_machine import (
+    GROWING,
     HEADS,
     PAUSED_NS,
     PREEMPTIONS,
@@ -98,10 +99,11 @@ def engine_module() -> Stored:
 
 
 @cache
-def hooks_module(cls: type) -> Stored:
+def hooks_module(cls: type, fields: str) -> Stored:
     """Return the module of a policy's hooks; raise NotCompilableError if it cannot be made.
 
     Indices are checked: a policy that reads beyond an array gets an error, not other memory.
+    `fields` says what its instances hold, which decides what is compiled.
     """
     if disabled():
         raise NotCompilableError("NUMBA_DISABLE_JIT is set")
@@ -113,7 +115,30 @@ def hooks_module(cls: type) -> Stored:
         raise NotCompilableError(f"{cls.__name__} makes a {flat.classes[0].__name__} in a hook")
     calls = [HOOK.format(hook=name, name=flat.names[hook]) for name, hook in hooks.items()]
     options = PREAMBLE.format(options="boundscheck=True")
-    return place(f"policy_{cls.__name__}", options + flat.text + "".join(calls))
+    return place(f"policy_{cls.__name__}", f"# {fields}\n{options}{flat.text}{''.join(calls)}")
+
+
+def hooks_of(prepared: Prepared) -> Stored:
+    """Return the module of the hooks of a run's policy; see `hooks_module`."""
+    return hooks_module(prepared.chosen.cls, held(prepared.policy, prepared.chosen.cls.__name__))
+
+
+def held(value: Any, name: str) -> str:
+    """Say what a policy's field holds, as far as compiled code can use it.
+
+    Raises NotCompilableError for arrays of numbers that behave otherwise when compiled.
+    """
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        if value.dtype not in (np.int64, np.float64, np.bool_) or not value.flags.c_contiguous:
+            raise NotCompilableError(
+                f"{name} is an array of {value.dtype}; arrays of int64, float64 and bool in C "
+                "order do"
+            )
+        return f"{value.dtype}[{value.ndim}]{'' if value.flags.writeable else ' read-only'}"
+    if hasattr(value, "_fields"):
+        inner = zip(value._fields, value, strict=True)
+        return "(" + ", ".join(f"{key}: {held(item, key)}" for key, item in inner) + ")"
+    return type(value).__name__
 
 
 class Machinery(NamedTuple):
@@ -137,7 +162,7 @@ def compile_for(prepared: Prepared) -> Machinery:
     policy = Block(prepared.policy).type
     machine = Block(lanes_of(prepared, 0, 0, False)).type
     kinds = dict(host.fields)
-    hooks, module = compiled_hooks(prepared.chosen.cls, (policy, kinds["seen"], kinds["plan"]))
+    hooks, module = compiled_hooks(hooks_of(prepared), (policy, kinds["seen"], kinds["plan"]))
     return Machinery(compiled_engine(machine, host), hooks, module)
 
 
@@ -155,7 +180,7 @@ def compiled_engine(machine: Any, host: Any) -> Callable[..., int]:
 
 
 @cache
-def compiled_hooks(cls: type, kinds: tuple[Any, ...]) -> tuple[tuple[int, ...], ModuleType]:
+def compiled_hooks(stored: Stored, kinds: tuple[Any, ...]) -> tuple[tuple[int, ...], ModuleType]:
     """Return the addresses of a policy's hooks for the types of policy, view and plan.
 
     They are good as long as the module is, which is returned, too.
@@ -171,7 +196,6 @@ def compiled_hooks(cls: type, kinds: tuple[Any, ...]) -> tuple[tuple[int, ...], 
         made = hook.overloads[kinds]
         return cast("int", made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
 
-    stored = hooks_module(cls)
     try:
         return cast("tuple[tuple[int, ...], ModuleType]", load(stored, prepare))
     except (OSError, MemoryError):
@@ -222,13 +246,14 @@ class CompiledRun:
 
     def grow(self, table: int) -> int:
         """Double a table; return 0 if there is no memory, since no exception gets through."""
-        from moesim.jit.structs import Block
-
         try:
             grow(self.lanes, table)
         except MemoryError:
             return 0
-        self.machine.words[:] = Block(self.lanes).words
+        name = GROWING[table]
+        grown = getattr(self.lanes, name)
+        at = self.machine.type.offsets[name]
+        self.machine.words[at : at + 1 + grown.ndim] = (grown.ctypes.data, *grown.shape)
         return 1
 
     def steps(self, first: int, last: int) -> int:
@@ -270,7 +295,7 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose_machine(wanted: str, chosen: Chosen, layer_steps: int) -> Choice:
+def choose_machine(wanted: str, prepared: Prepared, layer_steps: int) -> Choice:
     """Return the machine for a run of so many layer steps: `auto`, or a machine by its name.
 
     `auto` never compiles for a run that takes less time without. Raises InputError for `compiled`
@@ -278,8 +303,9 @@ def choose_machine(wanted: str, chosen: Chosen, layer_steps: int) -> Choice:
     """
     if wanted == "simpy":
         return Choice("simpy", "asked for")
+    chosen = prepared.chosen
     try:
-        stored = hooks_module(chosen.cls)
+        stored = hooks_of(prepared)
         known = record_of(stored)
         if known is not None and known.error:
             raise NotCompilableError(known.error)
@@ -314,7 +340,7 @@ def machine_for(prepared: Prepared, wanted: str, say: Callable[[str], None]) -> 
     Raises InputError for `compiled` and a policy that does not compile; `auto` then takes SimPy.
     """
     layer_steps = len(prepared.host.steps.phase) * prepared.setting.layers
-    choice = choose_machine(wanted, prepared.chosen, layer_steps)
+    choice = choose_machine(wanted, prepared, layer_steps)
     if wanted == "simpy":
         return "simpy"
     if wanted == "auto" or not choice.why.startswith("was"):

@@ -75,7 +75,8 @@ class SimpyRun:
     def steps(self, first: int, last: int) -> int:
         """See `Run.steps`."""
         try:
-            rule = run_steps(self.machine, self.prepared.policy, self.fast, first, last)
+            with np.errstate(divide="raise", over="raise", invalid="raise"):
+                rule = run_steps(self.machine, self.prepared.policy, self.fast, first, last)
         except MoesimError:
             raise
         except Exception as error:

@@ -246,5 +246,16 @@ def new_host(
         predicted_ids=view.predicted_ids,
         predicted_scores=view.predicted_scores,
         predicted_loads=view.predicted_loads,
-        seen=view,
+        seen=read_only(view),
     )
+
+
+def read_only(arrays: Any) -> Any:
+    """Return the same NamedTuple with views of its arrays that nobody can write to."""
+    if isinstance(arrays, np.ndarray):
+        seen = arrays.view()
+        seen.flags.writeable = False
+        return seen
+    if hasattr(arrays, "_fields"):
+        return type(arrays)(*map(read_only, arrays))
+    return arrays

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+import moesim.testing as lab
 from moesim.jit import store
 from moesim.policies.registry import choose
-from moesim.sim.engine import choose_machine, engine_module, hooks_module
+from moesim.sim.engine import choose_machine, engine_module, hooks_module, hooks_of
 
 Cli = Callable[..., CompletedProcess[str]]
 
@@ -80,12 +81,12 @@ def test_auto_compiles_nothing_for_a_short_run(cli: Cli, small: Path) -> None:
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_auto_compiles_for_a_run_that_repays_it() -> None:
-    lru = choose("lru")
+    lru = lab.prepared(choose("lru"), [[[0, 2]]], lab.make_costs())
     assert choose_machine("auto", lru, 20_000).machine == "simpy"
     assert choose_machine("auto", lru, 200_000).machine == "compiled"
     store.note(engine_module(), "", 10.0)
     assert choose_machine("auto", lru, 20_000).machine == "compiled"
-    store.note(hooks_module(lru.cls), "", 1.0)
+    store.note(hooks_of(lru), "", 1.0)
     assert choose_machine("auto", lru, 1) == ("compiled", "was compiled before")
 
 
@@ -131,7 +132,9 @@ def test_ordinary_python_runs_on_simpy(cli: Cli, small: Path, tmp_path: Path) ->
 @pytest.mark.skipif(store.disabled(), reason="nothing compiles")
 def test_compile_says_what_it_does_and_clears(cli: Cli, nothing_compiled: Path) -> None:
     store.note(engine_module(), "", 10.0)
-    store.note(hooks_module(choose("lru").cls), "", 0.5)
+    for stored in (engine_module(), store.place("policy_Lru", "text")):
+        store.write(stored.path, b"")
+    store.note(store.place("policy_Lru", "text"), "", 0.5)
     shown = cli("compile", "--list")
     assert [line.split("_")[0] for line in shown.stdout.splitlines()[:2]] == ["engine", "policy"]
     assert shown.stdout.splitlines()[-1] == f"in {nothing_compiled}"
@@ -146,8 +149,19 @@ def test_compile_makes_a_policy_ready(cli: Cli) -> None:
     ended = cli("compile", "static")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith("static: ready after ")
-    assert choose_machine("auto", choose("static"), 1).machine == "compiled"
+    prepared = lab.prepared(choose("static"), [[[0, 2]]], lab.make_costs())
+    assert choose_machine("auto", prepared, 1).machine == "compiled"
     assert os.environ["MOESIM_CACHE_DIR"] in str(store.folder())
+
+
+@pytest.mark.skipif(store.disabled(), reason="nothing compiles")
+def test_compile_goes_on_after_a_policy_that_does_not(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "my-counts.py"
+    path.write_text(PLAIN)
+    ended = cli("compile", path, "static")
+    assert ended.returncode == 2
+    assert ended.stdout.startswith("static: ready after ")
+    assert ended.stderr.splitlines()[-1] == f"moesim: these run on SimPy only: {path}"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def twice(x: int, by: int = FACTOR) -> int:
 
 def outer(x: int) -> float:
     # A comment that decides nothing.
-    return twice(x) + twice(x, by=1) + SHAPE[1][0] + math.floor(math.sqrt(4.0))
+    return twice(x) + twice(x, by=1) + FACTOR + SHAPE[1][0] + math.floor(math.sqrt(4.0))
 
 
 def uses_a_table(x: int) -> float:
@@ -99,3 +99,62 @@ def test_what_cannot_be_written_down_is_refused_by_name() -> None:
     space["nowhere"].__module__ = "m"
     with pytest.raises(NotCompilableError, match=r"m\.nowhere is no plain function"):
         flatten([space["nowhere"]])
+
+
+def test_locals_and_arguments_hide_what_has_their_name() -> None:
+    def inner(FACTOR: int) -> int:  # noqa: N803
+        FACTOR_2 = FACTOR + 1  # noqa: N806
+        twofold = lambda SHAPE: SHAPE * 2  # noqa: E731, N803
+        return FACTOR_2 + int(twofold(FACTOR))
+
+    def calls(x: int) -> int:
+        entry = twice(x)
+        return inner(entry) + FACTOR
+
+    flat = flatten([calls])
+    assert loaded(flat.text)[flat.names[calls]](1) == calls(1)
+
+
+def test_defaults_are_what_they_were() -> None:
+    step = 1
+
+    def moves(x: int, by: int = step, *rest: int, often: int = 2) -> int:
+        return x + by * often
+
+    step = 5
+    flat = flatten([moves])
+    assert loaded(flat.text)[flat.names[moves]](1) == moves(1) == 3
+
+    def listed(x: int, items: list[int] = []) -> int:  # noqa: B006
+        return x
+
+    with pytest.raises(NotCompilableError, match="has a list as a default"):
+        flatten([listed])
+
+
+def test_a_file_that_was_edited_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "edited.py"
+    texts = []
+    for n in (1, 22):
+        path.write_text(f"def f(x):\n    return x + {n}\n")
+        module = ModuleType("edited")
+        exec(compile(path.read_text(), str(path), "exec"), vars(module))
+        texts.append(flatten([module.f]).text)
+    assert "x + 1" in texts[0]
+    assert "x + 22" in texts[1]
+
+
+def test_functions_of_one_factory_are_kept_apart() -> None:
+    def factory(n: int) -> Any:
+        def add(x: int) -> int:
+            return x + n
+
+        return add
+
+    one, two = factory(1), factory(2)
+
+    def both(x: int) -> Any:
+        return one(x) * 10 + two(x)
+
+    flat = flatten([both])
+    assert loaded(flat.text)[flat.names[both]](0) == 12

@@ -76,6 +76,16 @@ def test_damaged_files_are_made_anew(ending: str, content: bytes | None, own_fol
     assert (again(1, 2), hits(again)) == (7, 1)
 
 
+@pytest.mark.parametrize("ending", [".py", ".json"])
+def test_a_damaged_source_or_record_is_made_anew(ending: str, own_folder: Path) -> None:
+    stored = store.place("add", TEXT.format(factor=3))
+    store.load(stored, add)
+    stored.path.with_suffix(ending).write_bytes(b"")
+    assert store.load(stored, add)(1, 2) == 7
+    assert stored.path.read_text() == stored.text
+    assert store.record_of(stored) is not None
+
+
 def test_an_error_that_is_not_the_files_fault_is_raised() -> None:
     stored = store.place("broken", TEXT.format(factor="unknown"))
     with pytest.raises(Exception, match="unknown"):

@@ -321,9 +321,43 @@ class Wrong(NamedTuple):
             self.few[0] = self.few[view.n_active + 5]
         if view.step == 1 and self.fault == DIVIDES:
             self.few[0] = view.n_active // (view.step - 1)
+        if view.step == 1 and self.fault == DIVIDES_ELEMENTS:
+            self.few[0] = self.few[1] // self.few[0]
 
 
-FORGETS, BEYOND, DIVIDES = 1, 2, 3
+class Writes(NamedTuple):
+    """Changes what it may only look at."""
+
+    @classmethod
+    def new(cls, setting: Setting) -> "Writes":
+        return cls()
+
+    def place(self, setting: Setting) -> Placement:
+        return lab.placement(setting)
+
+    def dispatch(self, view: View, plan: Plan) -> None:
+        view.active[0] = 1 << 36
+
+
+class Halves(NamedTuple):
+    """Numbers of 32 bits add up differently when they are compiled."""
+
+    table: Any
+
+    @classmethod
+    def new(cls, setting: Setting, kind: str = "float32") -> "Halves":
+        table = np.zeros((3, 4), "int64" if kind == "fortran" else kind)
+        return cls(np.asfortranarray(table) if kind == "fortran" else table)
+
+    def place(self, setting: Setting) -> Placement:
+        return lab.placement(setting)
+
+    def dispatch(self, view: View, plan: Plan) -> None:
+        for i in range(view.n_active):
+            api.run_on_cpu(plan, view.active[i])
+
+
+FORGETS, BEYOND, DIVIDES, DIVIDES_ELEMENTS = 1, 2, 3, 4
 
 
 @pytest.mark.parametrize(
@@ -332,6 +366,7 @@ FORGETS, BEYOND, DIVIDES = 1, 2, 3
         (FORGETS, "hook dispatch, step 1, layer 0, expert 2: an active expert was left"),
         (BEYOND, "IndexError: "),
         (DIVIDES, "ZeroDivisionError: "),
+        (DIVIDES_ELEMENTS, "ZeroDivisionError: |FloatingPointError: divide by zero"),
     ],
 )
 def test_a_policy_that_errs_is_told_so_wherever_it_runs(fault: int, message: str) -> None:
@@ -352,6 +387,47 @@ def test_ordinary_python_runs_on_simpy_and_is_refused_compiled() -> None:
     assert machine_for(prepared, "auto", said.append) == "simpy"
     assert len(said) == 1
     assert said[0].startswith("machine simpy: policy 'wild' does not compile")
+
+
+def test_a_view_cannot_be_written_to() -> None:
+    choices, costs = [[[0, 2]]] * 2, lab.make_costs(cpu=5, head=1)
+    with pytest.raises(PolicyError, match="assignment destination is read-only"):
+        lab.run(Writes, choices, costs)
+    with pytest.raises(InputError, match="policy 'writes' does not compile: "):
+        lab.run(Writes, choices, costs, on="compiled")
+
+
+def test_what_one_instance_holds_does_not_decide_for_another() -> None:
+    choices, costs = [[[0, 2]]] * 2, lab.make_costs(cpu=5, head=1)
+    for kind, legal in (("int64", True), ("float32", False), ("fortran", False), ("int64", True)):
+        chosen = Chosen("halves", Halves, {"kind": kind})
+        if legal:
+            same(lab.run(chosen, choices, costs), lab.run(chosen, choices, costs, on="compiled"))
+        else:
+            with pytest.raises(InputError, match=r"table is an array of .*; arrays of int64"):
+                lab.run(chosen, choices, costs, on="compiled")
+
+
+def test_tables_may_grow_while_others_use_the_memory() -> None:
+    """Blocks that compiled code has the address of stay where they are."""
+    rng = np.random.default_rng(0)
+    choices = np.array([[rng.permutation(32)[:4] for _ in range(8)] for _ in range(400)])
+    costs = lab.make_costs(8, attention=90, gate=10, gpu=40, head=9, copy_ns_per_kib=320)
+    rubbish: list[Any] = []
+
+    def use_memory(done: int, total: int) -> None:
+        rubbish.extend(np.full(size, -1) for size in range(10, 60) for _ in range(20))
+
+    plain = lab.run(choose("lru"), choices, costs, experts=32, slots=99)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledRun, "stride", 1)
+        same(
+            plain,
+            lab.run(
+                choose("lru"), choices, costs, experts=32, slots=99, on="compiled",
+                progress=use_memory,
+            ),
+        )  # fmt: skip
 
 
 # Threads.

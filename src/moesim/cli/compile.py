@@ -38,24 +38,33 @@ def command(policies: tuple[str, ...], clear: bool, listing: bool) -> None:
             click.echo(f"{path.stem}  {what}")
         click.echo(f"in {store.folder()}")
         return
-    for chosen in [choose(spec) for spec in policies or names()]:
-        compile_policy(chosen)
+    failed = [
+        chosen.name
+        for chosen in [choose(spec) for spec in policies or names()]
+        if not compile_policy(chosen)
+    ]
+    if failed:
+        raise InputError(f"these run on SimPy only: {', '.join(failed)}")
 
 
-def compile_policy(chosen: "Chosen") -> None:
-    """Compile what a policy needs, with a line before and after."""
+def compile_policy(chosen: "Chosen") -> bool:
+    """Compile what a policy needs, with a line before and after; say whether it compiles."""
     import time
 
+    from moesim.errors import InputError
     from moesim.jit.flatten import NotCompilableError
-    from moesim.sim.engine import choose_machine, compile_for, not_compiled
+    from moesim.sim.engine import choose_machine, compile_for
 
-    click.echo(f"{chosen.name}: {choose_machine('compiled', chosen, 0).why}", err=True)
+    prepared = any_run(chosen)
     began = time.perf_counter()
     try:
-        compile_for(any_run(chosen))
-    except NotCompilableError as error:
-        raise not_compiled(chosen, error) from None
+        click.echo(f"{chosen.name}: {choose_machine('compiled', prepared, 0).why}", err=True)
+        compile_for(prepared)
+    except (InputError, NotCompilableError) as error:
+        click.echo(f"{chosen.name}: {error}", err=True)
+        return False
     click.echo(f"{chosen.name}: ready after {time.perf_counter() - began:.1f} s")
+    return True
 
 
 def any_run(chosen: "Chosen") -> "Prepared":

@@ -6,9 +6,10 @@ NumPy's and `math`'s. Annotations, docstrings and comments are left out: they de
 """
 
 import ast
-import builtins
+import copy
 import linecache
 import math
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,10 @@ import numpy as np
 
 LIBRARIES = {np: "numpy", math: "math"}
 """Modules of which compiled code may use what Numba knows."""
+
+
+RESERVED = "__"
+"""How the names of a module begin, so that they are no local variable's."""
 
 
 class NotCompilableError(Exception):
@@ -72,8 +77,10 @@ class _Writer:
         self.files: dict[str, dict[int, ast.FunctionDef]] = {}
 
     def unique(self, wanted: str) -> str:
+        """Return a name that no other has, and that no local variable may have: see `body`."""
+        wanted = f"{RESERVED}{re.sub(r'[^0-9A-Za-z_]', '_', wanted)}"
         name, count = wanted, 1
-        while name in self.taken or hasattr(builtins, name):
+        while name in self.taken:
             count += 1
             name = f"{wanted}_{count}"
         self.taken.add(name)
@@ -116,6 +123,7 @@ class _Writer:
         """Return the parsed text of a function, which its file has at its first line."""
         file = function.__code__.co_filename
         if file not in self.files:
+            linecache.checkcache(file)  # it may have been edited since it was read last
             try:
                 tree = ast.parse("".join(linecache.getlines(file, function.__globals__)))
             except SyntaxError as error:
@@ -125,25 +133,45 @@ class _Writer:
                 for node in ast.walk(tree)
                 if isinstance(node, ast.FunctionDef)
             }
-        found = self.files[file].pop(function.__code__.co_firstlineno, None)
+        found = self.files[file].get(function.__code__.co_firstlineno)
         if found is None or found.name != function.__code__.co_name:
             raise NotCompilableError(f"{where} is no plain function, or has no source")
-        return found
+        return copy.deepcopy(found)
 
     def body(self, function: Any) -> str:
         """Return a function's text, with the names of the module."""
         where = f"{function.__module__}.{function.__qualname__}"
         definition = self.definition(function, where)
         known = dict(function.__globals__)
-        for name, cell in zip(
-            function.__code__.co_freevars, function.__closure__ or (), strict=True
-        ):
-            known[name] = cell.cell_contents
-        local = set(function.__code__.co_varnames) | set(function.__code__.co_cellvars)
+        code = function.__code__
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                known[name] = cell.cell_contents
+            except ValueError:
+                raise NotCompilableError(f"{where} uses {name}, which has no value yet") from None
+        local = {*code.co_varnames, *code.co_cellvars}
+        for name in local:
+            if name.startswith(RESERVED):
+                raise NotCompilableError(f"{where} has a variable {name}; such names are reserved")
+        definition.decorator_list = []
+        self.set_defaults(definition.args, function, where)
         renamed = _Rename(self, known, local, where).visit(definition)
         renamed.name = self.names[function]
-        renamed.decorator_list = []
         return "@jit\n" + ast.unparse(ast.fix_missing_locations(renamed))
+
+    def set_defaults(self, arguments: ast.arguments, function: Any, where: str) -> None:
+        """Write the default values as they were when the function was defined."""
+
+        def written(value: Any) -> ast.expr:
+            if not is_constant(value):
+                raise NotCompilableError(f"{where} has a {type(value).__name__} as a default")
+            return ast.parse(literal(value), mode="eval").body
+
+        given = function.__kwdefaults__ or {}
+        arguments.defaults = [written(value) for value in function.__defaults__ or ()]
+        arguments.kw_defaults = [
+            written(given[kept.arg]) if kept.arg in given else None for kept in arguments.kwonlyargs
+        ]
 
 
 class _Rename(ast.NodeTransformer):
@@ -176,21 +204,28 @@ class _Rename(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.returns = None
-        arguments = node.args
-        for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
-            argument.annotation = None
-        # Defaults belong to the module around a function, where no local name is known.
-        local, self.local = self.local, set()
-        arguments.defaults = [self.visit(value) for value in arguments.defaults]
-        self.local = local
         body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-        node.body = [kept for part in body if (kept := self.visit(part)) is not None]
-        node.body = node.body or [ast.Pass()]
+        node.body = body or [ast.Pass()]
+        return self.inside(node)
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
+        return self.inside(node)
+
+    def inside(self, node: ast.FunctionDef | ast.Lambda) -> ast.AST:
+        """Rename what a function uses; its own arguments hide globals of the same name."""
+        given = node.args
+        arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+        arguments += [one for one in (given.vararg, given.kwarg) if one is not None]
+        for argument in arguments:
+            argument.annotation = None
+        outer, self.local = self.local, self.local | {argument.arg for argument in arguments}
+        self.generic_visit(node)
+        self.local = outer
         return node
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         if node.value is None:
-            return None
+            return ast.Pass()
         return ast.Assign([self.visit(node.target)], self.visit(node.value))
 
 

@@ -102,9 +102,12 @@ def records() -> list[tuple[Path, Record]]:
 
 
 def clear() -> int:
-    """Delete the folder; return how many modules were in it."""
-    count = len(list(folder().glob("*.json")))
-    shutil.rmtree(folder(), ignore_errors=True)
+    """Delete all that is in the folder; return how many modules that were."""
+    path = folder().resolve()
+    if not path.exists():
+        return 0
+    count = len(list(path.glob("*.py")))
+    shutil.rmtree(path)
     return count
 
 
@@ -119,7 +122,7 @@ def load(stored: Stored, prepare: Callable[[ModuleType], Any]) -> Any:
         write(stored.path, stored.text.encode())
     except OSError:
         # A folder that cannot be written costs a compilation every time, and nothing else.
-        stored = stored._replace(path=_temporary() / stored.path.name)
+        stored = stored._replace(path=Path(_temporary().name) / stored.path.name)
         write(stored.path, stored.text.encode())
     known = record_of(stored)
     began = time.perf_counter()
@@ -155,15 +158,16 @@ def forget(stored: Stored) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file whole, unless it is there.
+    """Write a file whole, unless it is there as it should be.
 
     Numba takes a source's time for its version: it is always the same, whoever wrote it.
     """
-    if path.exists():
+    if path.is_file() and path.read_bytes() == content:
         return
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
         file.write(content)
     os.utime(file.name, (0, 0))
+    Path(file.name).chmod(0o644)
     Path(file.name).replace(path)
 
 
@@ -179,5 +183,6 @@ def import_file(path: Path) -> ModuleType:
 
 
 @cache
-def _temporary() -> Path:
-    return Path(tempfile.mkdtemp(prefix="moesim-"))
+def _temporary() -> Any:
+    """Make a folder that is gone when the process is."""
+    return tempfile.TemporaryDirectory(prefix="moesim-")

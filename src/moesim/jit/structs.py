@@ -83,15 +83,19 @@ class Block:
     ) -> tuple[Any, list[int]] | None:
         """Return a field's type and words."""
         if isinstance(value, np.ndarray):
+            try:
+                dtype = numba.typeof(value).dtype
+            except core.errors.NumbaError:
+                return None
             if value.dtype.hasobject or not value.flags.c_contiguous:
                 return None
-            return (
-                types.Array(numba.typeof(value).dtype, value.ndim, "C"),
-                [value.ctypes.data, *value.shape],
-            )
+            kind = types.Array(dtype, value.ndim, "C", readonly=not value.flags.writeable)
+            return kind, [value.ctypes.data, *value.shape]
         if isinstance(value, bool | np.bool_):
             return types.boolean, [int(value)]
         if isinstance(value, int | np.integer):
+            if not -(1 << 63) <= value < 1 << 63:
+                return None
             return types.int64, [int(value)]
         if isinstance(value, float | np.floating):
             return types.float64, [int(np.float64(value).view(np.int64))]
@@ -143,7 +147,7 @@ def _read(context: Any, builder: Any, typ: Struct, block: Any, attribute: str) -
     if isinstance(kind, types.Array):
         shape = [builder.load(_word(builder, block, at + 1 + d)) for d in range(kind.ndim)]
         itemsize = WORD(context.get_abi_sizeof(context.get_data_type(kind.dtype)))
-        strides = [itemsize]
+        strides = [itemsize] if shape else []
         for size in shape[:0:-1]:
             strides.insert(0, builder.mul(strides[0], size))
         array = arrayobj.make_array(kind)(context, builder)
@@ -164,9 +168,7 @@ def constructor(name: str, names: tuple[str, ...]) -> Any:
     """
 
     def kind_of(given: Any) -> Any:
-        if isinstance(given, types.Array):
-            return types.Array(given.dtype, given.ndim, "C")
-        if isinstance(given, types.Float | Struct):
+        if isinstance(given, types.Array | types.Float | Struct):
             return given
         return types.int64
 
