@@ -104,7 +104,7 @@ def test_what_cannot_be_written_down_is_refused_by_name() -> None:
 def test_locals_and_arguments_hide_what_has_their_name() -> None:
     def inner(FACTOR: int) -> int:  # noqa: N803
         FACTOR_2 = FACTOR + 1  # noqa: N806
-        twofold = lambda SHAPE: SHAPE * 2  # noqa: E731, N803
+        twofold: Any = lambda SHAPE: SHAPE * 2  # noqa: E731, N803
         return FACTOR_2 + int(twofold(FACTOR))
 
     def calls(x: int) -> int:
