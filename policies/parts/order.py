@@ -33,7 +33,10 @@ def sort_compiled(items: IntArray, n: int, count: int, keys: IntArray, sign: int
 def sort_by(items: IntArray, n: int, count: int, keys: IntArray, sign: int) -> None:
     """Sort the first `n` items by `sign * keys[item]`, the smallest first, equal ones by id.
 
-    Only the first `count` places (1 or more) need be right; the others may be in any order.
+    Only the first `count` places (1 or more) need be right; the others may be in any order. Raises
+    TypeError for keys that are no integers.
     """
+    if keys.dtype != np.int64:
+        raise TypeError(f"sort_by: keys of {keys.dtype}; they must be int64")
     chosen = items[:n]
     items[:n] = chosen[np.lexsort((chosen, sign * keys[chosen]))]
