@@ -162,7 +162,7 @@ def test_a_placement_that_cannot_work_is_refused(options: dict[str, Any], named:
 
 def test_a_policy_s_own_fault_names_file_and_line() -> None:
     def stumble(view: View, plan: Plan) -> None:
-        view.loads[99] = 1
+        api.run_on_cpu(plan, view.loads[99])
 
     with pytest.raises(PolicyError, match=r"policy 'wrong': IndexError: .*test_refusals.py:\d+"):
         lab.run(policy("dispatch", stumble), [[[0, 2]] * 2], lab.make_costs(2), slots=20)

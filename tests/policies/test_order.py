@@ -35,4 +35,4 @@ def test_any_id_of_a_trace_fits_beside_its_key() -> None:
 
 def test_keys_are_integers() -> None:
     with pytest.raises(TypeError, match="keys of float64"):
-        sort_by(np.arange(3), 3, 3, np.zeros(3), 1)
+        sort_by(np.arange(3), 3, 3, np.zeros(3), 1)  # type: ignore[arg-type]
