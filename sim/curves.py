@@ -97,7 +97,8 @@ def curves(
     ready = record_of(stored) is not None
     work = trace.experts.size * len(rules) * len(sizes)
     if compiled is None:
-        compiled = not disabled() and (ready or work > PATIENCE_S * LOOKUPS_PER_S)
+        compiled = ready or work > PATIENCE_S * LOOKUPS_PER_S
+    compiled = compiled and not disabled()
     if compiled and not ready and say is not None:
         say(f"compiling the cache rules, about {COMPILE_S} s, once")
     count: Rules = compiled_rules(stored) if compiled else count_hits

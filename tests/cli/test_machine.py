@@ -68,6 +68,7 @@ def said(ended: CompletedProcess[str]) -> list[str]:
     return [line for line in ended.stderr.splitlines() if line.startswith("note: machine ")]
 
 
+@pytest.mark.skipif(store.disabled(), reason="nothing compiles")
 @pytest.mark.usefixtures("nothing_compiled")
 def test_auto_compiles_nothing_for_a_short_run(cli: Cli, small: Path) -> None:
     ended = cli("replay", small, "--json")
@@ -79,6 +80,7 @@ def test_auto_compiles_nothing_for_a_short_run(cli: Cli, small: Path) -> None:
     assert said(cli("replay", small, "--json", "--machine", "simpy")) == []
 
 
+@pytest.mark.skipif(store.disabled(), reason="nothing compiles")
 @pytest.mark.usefixtures("nothing_compiled")
 def test_auto_compiles_for_a_run_that_repays_it() -> None:
     lru = lab.prepared(choose("lru"), [[[0, 2]]], lab.make_costs())

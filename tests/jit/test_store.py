@@ -11,6 +11,8 @@ import pytest
 
 from moesim.jit import store
 
+pytestmark = pytest.mark.skipif(store.disabled(), reason="nothing compiles")
+
 TEXT = """\
 import numba
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import InputError
+from moesim.jit.store import disabled
 from moesim.sim.curves import CLOCKS, LOOKUPS_PER_S, PATIENCE_S, RULES, Curves, curves
 from moesim.traces.format import MISSING, Trace, read_trace
 from moesim.traces.stats import lru_hits
@@ -231,6 +232,7 @@ def test_a_layer_without_lookups_has_no_hit_rate() -> None:
         assert np.isnan(made.hit_rates()).all()
 
 
+@pytest.mark.skipif(disabled(), reason="nothing compiles")
 def test_nothing_is_compiled_for_a_short_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import moesim.sim.replay
 import moesim.testing as lab
 from moesim.errors import DeadlockError, InputError, PolicyError
+from moesim.jit.store import disabled
 from moesim.jit.structs import Block
 from moesim.policies import api
 from moesim.policies.api import HOOKS, Placement, Plan, Setting, View
@@ -64,6 +65,9 @@ COMPILED = [
     "dali:assign=exact,swap=guarded,link=priority,w_size=1",
     "dali:predictor=noisy-oracle,prefetch_size=3,w_size=2,u_size=2,link=priority",
 ]
+
+
+compiles = pytest.mark.skipif(disabled(), reason="nothing compiles")
 
 
 class PlainRun(CompiledRun):
@@ -161,6 +165,7 @@ def test_every_policy_is_compared() -> None:
     assert {spec.partition(":")[0] for spec in COMPILED} == set(BUILTIN)
 
 
+@compiles
 @pytest.mark.parametrize("policy", [Wild, *COMPILED], ids=str)
 @given(case=cases())
 @settings(max_examples=100)
@@ -175,6 +180,7 @@ def test_its_source_gives_the_same_log_as_plain_python(policy: Any, case: Case) 
     same(run_on("simpy", case, policy), run_on("plain", case, policy))
 
 
+@compiles
 @given(case=cases(), cut=st.integers(1, 3))
 @settings(max_examples=30)
 def test_a_compiled_run_cut_into_ranges_is_the_same_run(case: Case, cut: int) -> None:
@@ -360,6 +366,7 @@ class Halves(NamedTuple):
 FORGETS, BEYOND, DIVIDES, DIVIDES_ELEMENTS = 1, 2, 3, 4
 
 
+@compiles
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -378,6 +385,7 @@ def test_a_policy_that_errs_is_told_so_wherever_it_runs(fault: int, message: str
             )  # fmt: skip
 
 
+@compiles
 def test_ordinary_python_runs_on_simpy_and_is_refused_compiled() -> None:
     said: list[str] = []
     choices, costs = [[[0, 2]]] * 2, lab.make_costs(cpu=5, head=1)
@@ -389,6 +397,7 @@ def test_ordinary_python_runs_on_simpy_and_is_refused_compiled() -> None:
     assert said[0].startswith("machine simpy: policy 'wild' does not compile")
 
 
+@compiles
 def test_a_view_cannot_be_written_to() -> None:
     choices, costs = [[[0, 2]]] * 2, lab.make_costs(cpu=5, head=1)
     with pytest.raises(PolicyError, match="assignment destination is read-only"):
@@ -397,6 +406,7 @@ def test_a_view_cannot_be_written_to() -> None:
         lab.run(Writes, choices, costs, on="compiled")
 
 
+@compiles
 def test_what_one_instance_holds_does_not_decide_for_another() -> None:
     choices, costs = [[[0, 2]]] * 2, lab.make_costs(cpu=5, head=1)
     for kind, legal in (("int64", True), ("float32", False), ("fortran", False), ("int64", True)):
@@ -408,6 +418,7 @@ def test_what_one_instance_holds_does_not_decide_for_another() -> None:
                 lab.run(chosen, choices, costs, on="compiled")
 
 
+@compiles
 def test_tables_may_grow_while_others_use_the_memory() -> None:
     """Blocks that compiled code has the address of stay where they are."""
     rng = np.random.default_rng(0)
@@ -433,6 +444,7 @@ def test_tables_may_grow_while_others_use_the_memory() -> None:
 # Threads.
 
 
+@compiles
 def test_threads_share_a_trace_and_run_at_the_same_time() -> None:
     """The main thread goes on counting while another one replays: the GIL is free.
 
