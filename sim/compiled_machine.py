@@ -687,7 +687,7 @@ def drain(machine: Lanes) -> None:
 
 
 def fail_stuck(machine: Lanes, ticket: int) -> None:
-    """Note a wait without end; `why_stuck` says more."""
+    """Note a wait without end; `deadlock` says more."""
     machine.state[STUCK] = ticket
     raise RuntimeError("deadlock")
 

@@ -293,6 +293,8 @@ class Choice(NamedTuple):
 
     machine: str
     why: str
+    compiles: bool = False
+    """Something must be compiled first."""
 
 
 def choose_machine(wanted: str, prepared: Prepared, layer_steps: int) -> Choice:
@@ -319,7 +321,7 @@ def choose_machine(wanted: str, prepared: Prepared, layer_steps: int) -> Choice:
     once = f"compiling first, which takes about {missing_s} s, once"
     simpy_s = layer_steps / LAYER_STEPS_PER_S
     if wanted == "compiled" or simpy_s > missing_s:
-        return Choice("compiled", once)
+        return Choice("compiled", once, compiles=True)
     return Choice(
         "simpy",
         f"compiling would take about {missing_s} s, once, and a run of {layer_steps} layer steps "
@@ -343,7 +345,7 @@ def machine_for(prepared: Prepared, wanted: str, say: Callable[[str], None]) -> 
     choice = choose_machine(wanted, prepared, layer_steps)
     if wanted == "simpy":
         return "simpy"
-    if wanted == "auto" or not choice.why.startswith("was"):
+    if wanted == "auto" or choice.compiles:
         say(f"machine {choice.machine}: {choice.why}")
     if choice.machine == "compiled":
         try:

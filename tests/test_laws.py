@@ -18,18 +18,9 @@ from moesim.residency import Residency
 from moesim.sim.metrics import by_step, link_bytes, summarize
 from moesim.sim.replay import Replayed, SimpyRun
 from moesim.types import LANES, NONE, WHOLE
-from wild import Case, Wild, cases
+from wild import VARIANTS, Case, Wild, cases
 
-POLICIES: list[Any] = [
-    Wild,
-    "lru",
-    "static",
-    "static:by=expert",
-    "dali",
-    "dali:cache=lru,prefetch_size=2",
-    "dali:assign=exact,swap=guarded,link=priority,w_size=1",
-    "dali:predictor=noisy-oracle,prefetch_size=3,w_size=2,u_size=2,link=priority",
-]
+POLICIES: tuple[Any, ...] = (Wild, *VARIANTS)
 
 
 def replay(case: Case, policy: Any, **changes: Any) -> Replayed:

@@ -171,6 +171,18 @@ def around(  # noqa: PLR0912  one branch per command
                 api.read(plan, layer, expert)
 
 
+VARIANTS = (
+    "lru",
+    "static",
+    "static:by=expert",
+    "dali",
+    "dali:cache=lru,prefetch_size=2",
+    "dali:assign=exact,swap=guarded,link=priority,w_size=1",
+    "dali:predictor=noisy-oracle,prefetch_size=3,w_size=2,u_size=2,link=priority",
+)
+"""Every built-in policy, with its rules in turn."""
+
+
 class Case(NamedTuple):
     """Everything of a run but the policy."""
 

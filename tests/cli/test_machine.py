@@ -12,7 +12,7 @@ import pytest
 import moesim.testing as lab
 from moesim.jit import store
 from moesim.policies.registry import choose
-from moesim.sim.engine import choose_machine, engine_module, hooks_module, hooks_of
+from moesim.sim.engine import Choice, choose_machine, engine_module, hooks_module, hooks_of
 
 Cli = Callable[..., CompletedProcess[str]]
 
@@ -89,7 +89,7 @@ def test_auto_compiles_for_a_run_that_repays_it() -> None:
     store.note(engine_module(), "", 10.0)
     assert choose_machine("auto", lru, 20_000).machine == "compiled"
     store.note(hooks_of(lru), "", 1.0)
-    assert choose_machine("auto", lru, 1) == ("compiled", "was compiled before")
+    assert choose_machine("auto", lru, 1) == Choice("compiled", "was compiled before")
 
 
 @pytest.mark.skipif(store.disabled(), reason="nothing compiles")

@@ -109,7 +109,8 @@ def test_locals_and_arguments_hide_what_has_their_name() -> None:
 
     def calls(x: int) -> int:
         entry = twice(x)
-        return inner(entry) + FACTOR
+        numpy = 7
+        return inner(entry) + FACTOR + numpy + int(np.abs(-x))
 
     flat = flatten([calls])
     assert loaded(flat.text)[flat.names[calls]](1) == calls(1)

@@ -19,7 +19,6 @@ import numpy as np
 LIBRARIES = {np: "numpy", math: "math"}
 """Modules of which compiled code may use what Numba knows."""
 
-
 RESERVED = "__"
 """How the names of a module begin, so that they are no local variable's."""
 
@@ -103,8 +102,9 @@ class _Writer:
         if isinstance(value, types.FunctionType):
             return self.name_of_function(value)
         if isinstance(value, types.ModuleType) and value in LIBRARIES:
-            self.imports.add(f"import {LIBRARIES[value]}")
-            return LIBRARIES[value]
+            library = LIBRARIES[value]
+            self.imports.add(f"import {library} as {RESERVED}{library}")
+            return RESERVED + library
         if isinstance(value, type) and hasattr(value, "_fields"):
             if value not in self.classes:
                 self.classes.append(value)
