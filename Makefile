@@ -19,7 +19,7 @@ lint: $(VENV)/.dev  ## style, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests $(wildcard benchmarks)
+	$(BIN)/mypy tests $(wildcard benchmarks examples)
 	$(BIN)/lint-imports
 
 format: $(VENV)/.dev  ## repair what can be repaired
@@ -30,7 +30,7 @@ wheel: $(VENV)/.dev  ## test what we ship: sdist -> wheel -> fresh venv, away fr
 	rm -rf build
 	$(BIN)/python -m build --outdir build/dist .
 	$(BIN)/python -m venv --without-pip build/venv
-	$(BIN)/python -m pip --python build/venv/bin/python install --quiet --group test build/dist/*.whl
+	$(BIN)/python -m pip --python build/venv/bin/python install --quiet --constraint constraints.txt --group test build/dist/*.whl
 	cp -R tests build/tests
 	cd build && NUMBA_BOUNDSCHECK=1 venv/bin/python -m pytest -c ../pyproject.toml --rootdir . tests
 
@@ -50,6 +50,6 @@ $(VENV)/.run: pyproject.toml $(VENV)/.pip
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet --group dev
+$(VENV)/.dev: constraints.txt $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
 	touch $@

@@ -1,13 +1,12 @@
 """The command line: one small file per command, loaded when it is called."""
 
-import importlib
 import os
 import sys
 from typing import NoReturn
 
 import click
 
-from moesim.cli.common import Commands
+from moesim.cli.common import LazyCommands
 
 COMMANDS = {
     "cache": "Say how often caches of each rule and size hit, layer by layer.",
@@ -20,26 +19,10 @@ COMMANDS = {
 }
 
 
-class _Lazy(Commands):
-    """Imports a command's module when the command is called: `moesim --help` stays instant."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def load(self, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"moesim.cli.{cmd_name}")
-        command: click.Command = module.command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
-
-
 @click.group(
-    cls=_Lazy,
+    cls=LazyCommands,
+    package="moesim.cli",
+    helps=COMMANDS,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

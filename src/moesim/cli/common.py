@@ -1,5 +1,7 @@
 """What several commands share: settings, JSON, output files, and sizes as people write them."""
 
+import importlib
+import keyword
 import math
 import re
 from pathlib import Path
@@ -27,6 +29,35 @@ class Commands(click.Group):
             names = ", ".join(self.list_commands(ctx))
             ctx.fail(f"no command named {cmd_name!r}; there are: {names}")
         return command
+
+
+class LazyCommands(Commands):
+    """Imports `<package>.<name>`, whose `command` it is, when a command is called.
+
+    So `moesim --help` stays instant. `helps` says in a line what each one does. Python's keywords
+    are kept in modules with an underscore after them.
+    """
+
+    def __init__(self, *args: Any, package: str, helps: dict[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.package, self.helps = package, helps
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, in the order of the help."""
+        return list(self.helps)
+
+    def load(self, cmd_name: str) -> click.Command | None:
+        """Return a command, None if there is none of that name."""
+        if cmd_name not in self.helps:
+            return None
+        module = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        command: click.Command = importlib.import_module(f"{self.package}.{module}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(self.helps.items()))
 
 
 class _Share(click.FloatRange):
