@@ -13,6 +13,10 @@ class TraceError(InputError):
     """A trace that is broken, or that does not hold what was asked of it."""
 
 
+class RecordError(InputError):
+    """A model whose routing cannot be recorded, or a recording that cannot go on."""
+
+
 class ModelError(InputError):
     """A model description that is incomplete or unknown."""
 

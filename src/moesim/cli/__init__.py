@@ -14,6 +14,7 @@ COMMANDS = {
     "hardware": "List the machines that moesim knows, or show one.",
     "models": "List the models that moesim knows, or show one.",
     "policies": "List the policies, their parameters, defaults and sources.",
+    "record": "Record what the routers of a real model decide.",
     "replay": "Replay a routing trace through a policy on a simulated machine.",
     "trace": "Look into a routing trace, or make one.",
 }
