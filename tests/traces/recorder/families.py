@@ -315,14 +315,13 @@ def tiny(family: str, seed: int = 0, **changes: Any) -> Any:
         family, **{**_COMMON, **FAMILIES[family].config, **changes}
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    matrices = ((EXPERTS, HIDDEN), (EXPERTS + 2, HIDDEN))
     named = [*model.named_parameters(), *model.named_buffers()]
     with torch.no_grad():
         for name, value in named:
             if "correction_bias" in name or "expert_bias" in name:
                 value.normal_(0, 0.2)
-            elif value.dim() == 2 and value.shape in ((EXPERTS, HIDDEN), (EXPERTS + 2, HIDDEN)):
-                value.normal_(0, 0.3)
-            elif name.endswith(("router.bias", "gate.bias")):
+            elif value.shape in matrices or name.endswith(("router.bias", "gate.bias")):
                 value.normal_(0, 0.3)
     return model
 

@@ -52,7 +52,7 @@ def rank_ordered(ids: torch.Tensor, weights: torch.Tensor) -> tuple[Any, Any]:
 
 @every_family
 def test_ids_and_weights_are_those_of_the_familys_rule(family: str) -> None:
-    rule, _, layers = FAMILIES[family]
+    rule, layers = FAMILIES[family].rule, FAMILIES[family].layers
     model = tiny(family)
 
     with record(model) as recorder, router_inputs(model, layers) as inputs:
@@ -72,7 +72,7 @@ def test_ids_and_weights_are_those_of_the_familys_rule(family: str) -> None:
 
 @every_family
 def test_guesses_are_the_guessed_layers_rule_on_earlier_inputs(family: str) -> None:
-    rule, _, layers = FAMILIES[family]
+    rule, layers = FAMILIES[family].rule, FAMILIES[family].layers
     model = tiny(family)
     with record(model, ahead=0) as first:
         generate(model, PROMPTS[1])
