@@ -7,7 +7,7 @@ ARGS ?=
 .PHONY: replay test bench lint format wheel clean
 
 replay: $(VENV)/.run  ## replay the trace that ships with moesim
-	$(BIN)/moesim replay --policy dali $(ARGS)
+	$(BIN)/moesim replay --policy dali --cache-ratio 0.25 $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests; compiled code then checks its indices, too
 	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest $(ARGS)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moesim.sim.curves import curves, looked_up
-from moesim.traces.bundled import example_path
-from moesim.traces.format import Trace, read_trace
+from moesim.traces.format import Trace
+from moesim.traces.importers import load_trace
 
 pytestmark = [
     pytest.mark.bench,
@@ -57,19 +57,20 @@ def libcachesim(paths: list[str], size: int) -> tuple[float, list[float]]:
 
 @pytest.mark.parametrize("sizes", [SIZES, *((size,) for size in SIZES)], ids=str)
 @pytest.mark.parametrize(
-    ("path", "hits"),
+    ("name", "hits"),
     [
-        pytest.param(example_path(), {8: 79_084}, id="example"),
+        ("made", {8: 79_084}),
         pytest.param(
-            RECORDED,
-            {8: 991_548},
-            id="recorded",
+            *("recorded", {8: 991_548}),
             marks=pytest.mark.skipif(not RECORDED.exists(), reason="not part of moesim"),
         ),
     ],
 )
-def test_lru(path: Path, hits: dict[int, int], sizes: tuple[int, ...], tmp_path: Path) -> None:
-    trace = read_trace(path)
+def test_lru(
+    request: pytest.FixtureRequest, name: str, hits: dict[int, int], sizes: tuple[int, ...],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    trace = load_trace(RECORDED if name == "recorded" else request.getfixturevalue("made"))
     paths = written(trace, tmp_path)
     curves(trace, ["lru"], sizes, compiled=True)
     ours_s: dict[str, list[float]] = {"access": [], "token": []}

@@ -17,8 +17,9 @@ from moesim.profile import load_profile
 from moesim.run import Prepared, prepare
 from moesim.sim.metrics import summarize
 from moesim.sim.replay import Replayed, replay
-from moesim.traces.bundled import example_path
-from moesim.traces.format import Trace, read_trace
+from moesim.traces.format import Trace
+from moesim.traces.importers import load_trace
+from moesim.traces.synthetic import synthesize
 from moesim.traces.workload import cut
 
 pytestmark = pytest.mark.bench
@@ -34,13 +35,15 @@ REPETITIONS = 3
 @cache
 def routing() -> Trace:
     """Return the trace that all runs share."""
-    return read_trace(RECORDED if RECORDED.exists() else example_path())
+    if RECORDED.exists():
+        return load_trace(RECORDED)
+    return synthesize(sequences=5, distances=1, width=12, seed=1)
 
 
 def prepared(policy: str, generate: int) -> Prepared:
     """Return a replay on the default preset, a quarter of all experts cached.
 
-    The bundled trace is shorter than LONG: there it is as much as the trace holds.
+    A made-up trace is shorter than LONG: there it is as much as the trace holds.
     """
     trace = routing()
     model = load_model("qwen3-30b-a3b")

@@ -14,8 +14,7 @@ from moesim.policies.registry import choose
 from moesim.profile import load_profile
 from moesim.run import Prepared, prepare
 from moesim.sim.replay import replay
-from moesim.traces.bundled import example_path
-from moesim.traces.format import read_trace
+from moesim.traces.importers import load_trace
 from moesim.traces.workload import cut
 
 pytestmark = pytest.mark.bench
@@ -26,7 +25,7 @@ EVENTS = 200_000
 
 def prepared(policy: str, trace: Path, batch: int = 1) -> Prepared:
     """Return a replay of 64 + 64 tokens on the default preset, a quarter of all experts cached."""
-    routing = read_trace(trace)
+    routing = load_trace(trace)
     model = load_model("qwen3-30b-a3b")
     profile, _ = load_profile("rtx3090-pcie4-ddr4")
     budget_bytes = 48 * 128 // 4 * 9437184
@@ -52,9 +51,9 @@ def bare_timeouts_per_s() -> float:
 @pytest.mark.parametrize(
     ("policy", "operations"), [("static", 41008), ("lru", 43_539), ("dali", 57_632)]
 )
-def test_rate_of_the_simpy_machine(policy: str, operations: int) -> None:
+def test_rate_of_the_simpy_machine(made: Path, policy: str, operations: int) -> None:
     bare = bare_timeouts_per_s()
-    run = replay(prepared(policy, example_path()))
+    run = replay(prepared(policy, made))
     rate = run.operations / run.wall_s
     layer_steps = len(run.heads) * run.prepared.setting.layers
     print(
@@ -77,9 +76,9 @@ def test_rate_on_a_recorded_trace() -> None:
     assert run.operations == 62_077
 
 
-def test_memory() -> None:
+def test_memory(recorded_or_made: Path) -> None:
     """At most twice the trace and 150 MB, in a process of its own."""
-    path = RECORDED if RECORDED.exists() else example_path()
+    path = recorded_or_made
     arguments = ["replay", str(path), "--prompt", "64", "--generate", "256", "--json"]
     arguments += ["--machine", "simpy"]
     # ru_maxrss would be that of the process that started this one, if that was larger.
@@ -92,7 +91,7 @@ def test_memory() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak_bytes = int(done.stderr.split()[-1]) * 1024
-    trace = read_trace(path)
+    trace = load_trace(path)
     trace_bytes = trace.experts.nbytes + sum(ids.nbytes for ids in trace.candidates.values())
     print(f"\npeak {peak_bytes / 1e6:.0f} MB for a trace of {trace_bytes / 1e6:.1f} MB")
     assert peak_bytes <= 2 * trace_bytes + 150e6

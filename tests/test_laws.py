@@ -7,16 +7,23 @@ once, nothing runs before its weights arrived or after they left, the budget, th
 import json
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moesim.testing as lab
+from moesim.audit import audit
+from moesim.model import expert_bytes
 from moesim.policies.registry import choose
 from moesim.residency import Residency
+from moesim.run import prepare
 from moesim.sim.metrics import by_step, link_bytes, summarize
 from moesim.sim.replay import Replayed, SimpyRun
+from moesim.sim.replay import replay as run_on
+from moesim.traces.format import MISSING
+from moesim.traces.workload import cut
 from moesim.types import LANES, NONE, WHOLE
 from wild import VARIANTS, Case, Wild, cases
 
@@ -154,3 +161,26 @@ def check_tables(res: Residency) -> None:
     assert (res.cached <= WHOLE).all()
     assert (res.staged <= WHOLE).all()
     assert set(res.staging.tolist()).isdisjoint(res.cached_slot[res.cached > 0].tolist())
+
+
+@pytest.mark.parametrize("policy", VARIANTS)
+def test_experts_without_weights_cost_what_missing_ones_do(policy: str) -> None:
+    """LongCat's identity experts have the ids after all others; a token may have nothing else."""
+    rng = np.random.default_rng(0)
+    ids = rng.permuted(np.tile(np.arange(8), (24, 3, 1)), axis=2)[:, :, :2]
+    assert (ids >= 6).all(axis=2).any()
+    model = lab.make_model(3, 6, 2)
+    idle = msgspec.structs.replace(model, weightless_experts=2)
+    found = []
+    for choices, experts, spec in ((ids, 8, idle), (np.where(ids < 6, ids, MISSING), 6, model)):
+        trace = lab.make_trace(choices, experts, (12,))
+        made = prepare(
+            trace, cut(trace, 1), spec, lab.quiet_machine(), choose(policy),
+            budget_bytes=6 * expert_bytes(spec),
+        )  # fmt: skip
+        done = run_on(made, record=True)
+        assert done.log is not None
+        audit(done.log)
+        found.append(by_step(done))
+
+    assert found[0] == found[1]

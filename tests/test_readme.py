@@ -49,8 +49,10 @@ def comparable(text: str) -> list[str]:
 
 
 def test_the_output_is_what_the_command_prints() -> None:
-    shown = block("<!-- output of: moesim replay --policy dali -->")
-    assert comparable(shown) == comparable(moesim("replay", "--policy", "dali"))
+    command = "replay --policy dali --cache-ratio 0.25"
+    shown = block(f"<!-- output of: moesim {command} -->")
+    assert comparable(shown) == comparable(moesim(*command.split()))
+    assert f"moesim {command} $" in (README.parent / "Makefile").read_text()
 
 
 def test_the_curves_are_what_the_command_prints() -> None:
@@ -58,15 +60,20 @@ def test_the_curves_are_what_the_command_prints() -> None:
     assert comparable(shown) == comparable(moesim("cache"))
 
 
-def test_the_table_holds_what_the_policies_give() -> None:
-    text = README.read_text().partition("<!-- output of: moesim replay --json -->")[2]
+def test_the_table_holds_what_the_policies_give(tmp_path: Path) -> None:
+    made = re.search(r"^moesim (trace synth -o qwen3.npz .*)$", README.read_text(), re.M)
+    assert made is not None
+    moesim(*made[1].split(), cwd=tmp_path)
+    text = README.read_text().partition("<!-- output of: moesim replay qwen3.npz --json -->")[2]
     rows = [
         [cell.strip(" `") for cell in line.strip("|").split("|")]
         for line in text.partition("\n\n")[0].strip().splitlines()[2:]
     ]
     assert [row[0] for row in rows] == list(POLICIES)
     for row in rows:
-        result = json.loads(moesim("replay", "--policy", row[0], "--json"))
+        result = json.loads(
+            moesim("replay", "qwen3.npz", "--policy", row[0], "--json", cwd=tmp_path)
+        )
         waits = {k: v for k, v in result["time_ns"].items() if k.startswith("wait_")}
         most = max(waits, key=lambda name: waits[name])
         expected = [
@@ -84,7 +91,8 @@ def test_the_policy_runs(tmp_path: Path) -> None:
     assert len(body) <= 20
     (tmp_path / "cheaper.py").write_text(code)
 
-    result = json.loads(moesim("replay", "--policy", "./cheaper.py", "--json", cwd=tmp_path))
+    words = ("--policy", "./cheaper.py", "--cache-ratio", "0.25", "--json")
+    result = json.loads(moesim("replay", *words, cwd=tmp_path))
     assert result["activations"]["resident"] > 0
     assert result["activations"]["cpu"] > 0
     assert result["activations"]["fetched"] > 0

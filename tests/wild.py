@@ -45,7 +45,7 @@ class Wild(NamedTuple):
                     cached[layer, expert] = rng.choice(PARTS)
                     room[pool_of_layer[layer]] -= 1
         on_disk = np.array([[rng.random() < 0.3 for _ in range(experts)] for _ in range(layers)])
-        names = ("transition", "previous", "popularity", "oracle", "noisy-oracle")
+        names = ("auto", "previous", "popularity", "oracle", "noisy-oracle")
         placement = Placement(
             cached=cached,
             cache_slots=capacity,

@@ -1,8 +1,8 @@
 """The trace: which experts the router chose for every token, read from and written to npz files.
 
-Two layouts are read: `moesim.trace/1`, which is also written, and `experts [layers, tokens, top_k]`
-int16 with `meta`, as recorded by llama.cpp callbacks. Nothing is ever unpickled, and nothing is
-allocated before the sizes stated in the file agree with each other and with the file's own size.
+One layout, `moesim.trace/1`; `moesim.traces.importers` reads what engines and tools write. Nothing
+is ever unpickled, and nothing is allocated before the sizes stated in the file agree with each
+other and with the file's own size.
 """
 
 import contextlib
@@ -11,14 +11,15 @@ import json
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from moesim.errors import TraceError
+from moesim.errors import MoesimError, TraceError
 from moesim.types import IntArray
 
 Ids = npt.NDArray[np.uint16]
@@ -31,11 +32,10 @@ SCHEMA = "moesim.trace/1"
 MISSING = 65535
 """In place of an expert id: nothing was recorded, or nothing was guessed."""
 
-WINDOW = 512
-"""Tokens after which a recording in windows starts from an empty memory, unless its meta says."""
-
 MOST_EXPERTS = 2**24
 """Experts of all layers; no model comes near, and what is kept per expert stays affordable."""
+
+_CHECKED_AT_ONCE = 1024
 
 _CANDIDATES, _SCORES = "candidates_", "candidate_scores_"
 _REQUIRED = ("schema", "meta", "experts", "layer_ids", "phase", "sequence", "position")
@@ -101,22 +101,50 @@ class Trace(msgspec.Struct, frozen=True, eq=False, kw_only=True):
 
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:
-    """Return the trace of an npz file of either layout, every value checked.
+    """Return the trace of a `moesim.trace/1` file, every value checked.
 
     Raises TraceError, in one line, naming file, array, index and value of what is wrong first.
     """
     path = Path(path)
-    try:
-        arrays = _read_arrays(path)
-        trace = _from_ours(arrays) if "schema" in arrays else _from_windows(arrays)
+    with naming(path, "npz file"):
+        trace = unchecked(path)
         check(trace)
+    return trace
+
+
+def unchecked(path: Path) -> Trace:
+    """Return what an npz file holds, to be checked; raises what `read_npz` does."""
+    arrays = read_npz(path, _NAME)
+    for name in _REQUIRED:
+        if name not in arrays:
+            raise TraceError(f"array {name} is missing")
+    schema = _text("schema", arrays["schema"])
+    if schema != SCHEMA:
+        raise TraceError(f"schema is {schema[:80]!r}; legal is {SCHEMA!r}")
+    named = {n: a for n, a in arrays.items() if n not in ("schema", "meta")}
+    return Trace(
+        **{n: a for n, a in named.items() if not n.startswith("candidate")},
+        candidates={
+            n[len(_CANDIDATES) :]: a for n, a in named.items() if n.startswith(_CANDIDATES)
+        },
+        candidate_scores={n[len(_SCORES) :]: a for n, a in named.items() if n.startswith(_SCORES)},
+        meta=meta_of(arrays["meta"]),
+    )
+
+
+@contextlib.contextmanager
+def naming(path: Path, what: str) -> Iterator[None]:
+    """Turn any error of a reader into a TraceError of one line that names the file."""
+    try:
+        yield
     except TraceError as error:
         raise TraceError(f"{path}: {error}") from error.__cause__
+    except MoesimError:
+        raise
     except Exception as error:
         # Hostile bytes make zipfile, zlib, ast and NumPy raise a dozen types, some undocumented.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise TraceError(f"{path}: no readable npz file: {reason}") from error
-    return trace
+        raise TraceError(f"{path}: no readable {what}: {reason}") from error
 
 
 def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
@@ -158,7 +186,7 @@ def rows_by_sequence(trace: Trace) -> tuple[IntArray, IntArray]:
 
 def check(trace: Trace) -> None:
     """Raise TraceError naming array, index and value of the first thing wrong with a trace."""
-    _demand("experts", trace.experts, np.uint16, (None, None, None))
+    demand("experts", trace.experts, np.uint16, (None, None, None))
     tokens, layers, top_k = trace.experts.shape
     if 0 in trace.experts.shape:
         raise TraceError(f"experts has shape {trace.experts.shape}; every axis must be at least 1")
@@ -169,37 +197,37 @@ def check(trace: Trace) -> None:
             f"meta or experts: {layers} layers of {n_experts} experts; legal are {MOST_EXPERTS}"
         )
 
-    _demand("layer_ids", trace.layer_ids, np.int32, (layers,))
-    _refuse("layer_ids", trace.layer_ids, trace.layer_ids < 0, "numbers from 0")
+    demand("layer_ids", trace.layer_ids, np.int32, (layers,))
+    refuse("layer_ids", trace.layer_ids, trace.layer_ids < 0, "numbers from 0")
     falling = np.diff(trace.layer_ids, prepend=np.int32(-1)) <= 0
-    _refuse("layer_ids", trace.layer_ids, falling, "numbers larger than the one before")
+    refuse("layer_ids", trace.layer_ids, falling, "numbers larger than the one before")
 
-    _demand("phase", trace.phase, np.uint8, (tokens,))
-    _refuse("phase", trace.phase, trace.phase > 1, "0 (prefill) and 1 (decode)")
+    demand("phase", trace.phase, np.uint8, (tokens,))
+    refuse("phase", trace.phase, trace.phase > 1, "0 (prefill) and 1 (decode)")
     for name, column in (("sequence", trace.sequence), ("position", trace.position)):
-        _demand(name, column, np.int32, (tokens,))
-        _refuse(name, column, column < 0, "numbers from 0")
+        demand(name, column, np.int32, (tokens,))
+        refuse(name, column, column < 0, "numbers from 0")
     rows, starts = rows_by_sequence(trace)
     stuck = np.diff(trace.position[rows], prepend=np.int32(-1)) <= 0
     stuck[starts[:-1]] = False
     by_row = np.zeros(tokens, np.bool_)
     by_row[rows] = stuck
-    _refuse("position", trace.position, by_row, "positions counting up inside a sequence")
+    refuse("position", trace.position, by_row, "positions counting up inside a sequence")
     if trace.token_id is not None:
-        _demand("token_id", trace.token_id, np.int32, (tokens,))
+        demand("token_id", trace.token_id, np.int32, (tokens,))
 
     _check_ids("experts", trace.experts, n_experts)
     if trace.weights is not None:
-        _demand("weights", trace.weights, np.float16, (tokens, layers, top_k))
-        _refuse("weights", trace.weights, ~np.isfinite(trace.weights), "finite numbers")
+        demand("weights", trace.weights, np.float16, (tokens, layers, top_k))
+        refuse("weights", trace.weights, ~np.isfinite(trace.weights), "finite numbers")
     for name, ids in trace.candidates.items():
-        _demand(_CANDIDATES + name, ids, np.uint16, (tokens, layers, None))
+        demand(_CANDIDATES + name, ids, np.uint16, (tokens, layers, None))
         _check_ids(_CANDIDATES + name, ids, n_experts)
     for name, scores in trace.candidate_scores.items():
         if name not in trace.candidates:
             raise TraceError(f"{_SCORES}{name} is there without {_CANDIDATES}{name}")
-        _demand(_SCORES + name, scores, np.float16, trace.candidates[name].shape)
-        _refuse(_SCORES + name, scores, ~np.isfinite(scores), "finite numbers")
+        demand(_SCORES + name, scores, np.float16, trace.candidates[name].shape)
+        refuse(_SCORES + name, scores, ~np.isfinite(scores), "finite numbers")
 
 
 def _stated_experts(meta: dict[str, Any]) -> Any:
@@ -216,26 +244,36 @@ def _check_meta(meta: dict[str, Any]) -> None:
         raise TraceError(f"meta is a JSON {type(meta).__name__}; it must be an object")
     stated = _stated_experts(meta)
     if stated is not None and not (type(stated) is int and 1 <= stated < MISSING):
-        raise TraceError(f"meta: num_experts is {stated!r}; legal are 1..{MISSING - 1}")
+        raise TraceError(f"meta: num_experts is {stated!r:.80}; legal are 1..{MISSING - 1}")
     model = meta.get("model", "")
     if not isinstance(model, str):
-        raise TraceError(f"meta: model is {model!r}; it must be a string")
+        raise TraceError(f"meta: model is {model!r:.80}; it must be a string")
 
 
 def _check_ids(name: str, ids: Ids, n_experts: int) -> None:
-    beyond = (ids >= n_experts) & (ids != MISSING)
-    _refuse(name, ids, beyond, f"0..{n_experts - 1} and {MISSING} (missing)")
-    ordered = np.sort(ids, axis=-1)
-    twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != MISSING)).any(axis=-1)
-    if twice.any():
-        row = np.unravel_index(int(twice.argmax()), twice.shape)
-        where = ", ".join(str(i) for i in row)
-        raise TraceError(f"{name}[{where}] is {ids[row].tolist()}; an expert may occur only once")
+    # Some rows at a time: a trace may be mapped from disk and larger than memory.
+    for first in range(0, len(ids), _CHECKED_AT_ONCE):
+        part = ids[first : first + _CHECKED_AT_ONCE]
+        beyond = (part >= n_experts) & (part != MISSING)
+        if beyond.any():
+            whole = np.zeros(ids.shape, np.bool_)
+            whole[first : first + len(part)] = beyond
+            refuse(name, ids, whole, f"0..{n_experts - 1} and {MISSING} (missing)")
+        part = np.sort(part, axis=-1)
+        twice = ((part[..., 1:] == part[..., :-1]) & (part[..., 1:] != MISSING)).any(axis=-1)
+        if twice.any():
+            token, *rest = (int(i) for i in np.unravel_index(int(twice.argmax()), twice.shape))
+            row = (first + token, *rest)
+            where = ", ".join(map(str, row))
+            raise TraceError(
+                f"{name}[{where}] is {ids[row].tolist()}; an expert may occur only once"
+            )
 
 
-def _demand(
+def demand(
     name: str, array: AnyArray, dtype: type[np.generic], shape: tuple[int | None, ...]
 ) -> None:
+    """Raise TraceError unless an array has that dtype and shape; None is any length."""
     if array.dtype != np.dtype(dtype):
         raise TraceError(f"{name} is {array.dtype}; it must be {np.dtype(dtype)}")
     if len(array.shape) != len(shape) or any(
@@ -245,7 +283,8 @@ def _demand(
         raise TraceError(f"{name} has shape {array.shape}; it must be ({wanted})")
 
 
-def _refuse(name: str, array: AnyArray, bad: npt.NDArray[np.bool_], legal: str) -> None:
+def refuse(name: str, array: AnyArray, bad: npt.NDArray[np.bool_], legal: str) -> None:
+    """Raise TraceError naming the first element that is bad, its value and the legal ones."""
     if bad.any():
         index = np.unravel_index(int(bad.argmax()), bad.shape)
         where = ", ".join(str(i) for i in index)
@@ -273,58 +312,14 @@ def _arrays_of(trace: Trace) -> dict[str, AnyArray]:
     return {name: array for name, array in arrays.items() if array is not None}
 
 
-def _from_ours(arrays: dict[str, AnyArray]) -> Trace:
-    schema = _text("schema", arrays["schema"])
-    if schema != SCHEMA:
-        raise TraceError(f"schema is {schema[:80]!r}; legal is {SCHEMA!r}")
-    for name in _REQUIRED:
-        if name not in arrays:
-            raise TraceError(f"array {name} is missing")
-    named = {n: a for n, a in arrays.items() if n not in ("schema", "meta")}
-    return Trace(
-        **{n: a for n, a in named.items() if not n.startswith("candidate")},
-        candidates={
-            n[len(_CANDIDATES) :]: a for n, a in named.items() if n.startswith(_CANDIDATES)
-        },
-        candidate_scores={n[len(_SCORES) :]: a for n, a in named.items() if n.startswith(_SCORES)},
-        meta=_meta(arrays["meta"]),
-    )
-
-
-def _from_windows(arrays: dict[str, AnyArray]) -> Trace:
-    """Return the trace of `experts [layers, tokens, top_k]` int16, one sequence per window.
-
-    The text was fed in windows with a cleared memory, so overlap across a border is chance:
-    nothing may be counted across it.
-    """
-    for name in ("experts", "meta"):
-        if name not in arrays:
-            raise TraceError(f"array {name} is missing")
-    by_layer, meta = arrays["experts"], _meta(arrays["meta"])
-    _demand("experts", by_layer, np.int16, (None, None, None))
-    _refuse("experts", by_layer, by_layer < -1, "expert ids, and -1 (missing)")
-    window = meta.get("window", WINDOW)
-    if type(window) is not int or window < 1:
-        raise TraceError(f"meta: window is {window!r}; it must be a positive number of tokens")
-    layers, tokens, _ = by_layer.shape
-    token = np.arange(tokens)
-    return Trace(
-        experts=np.ascontiguousarray(by_layer.transpose(1, 0, 2)).view(np.uint16),  # -1 is MISSING
-        layer_ids=np.arange(layers, dtype=np.int32),
-        phase=np.zeros(tokens, np.uint8),
-        sequence=(token // window).astype(np.int32),
-        position=(token % window).astype(np.int32),
-        meta={**meta, "window": window, "importer": "npz experts [layers, tokens, top_k]"},
-    )
-
-
 def _text(name: str, array: AnyArray) -> str:
     if array.dtype.kind != "U" or array.shape != ():
         raise TraceError(f"{name} is {array.dtype} {array.shape}; it must be one string")
     return str(array)
 
 
-def _meta(array: AnyArray) -> dict[str, Any]:
+def meta_of(array: AnyArray) -> dict[str, Any]:
+    """Return the JSON object in an array of one string; raise TraceError for anything else."""
     try:
         meta = json.loads(_text("meta", array), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -338,13 +333,25 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _read_arrays(path: Path) -> dict[str, AnyArray]:
+def check_file(path: Path) -> None:
+    """Raise TraceError for what is no file, or none that can be read from start to end."""
     if path.is_dir():
-        raise TraceError("is a directory; a trace is an npz file")
+        raise TraceError("is a directory; a trace is a file, as trace.npz")
     if not path.exists():
         raise TraceError("no such file")
     if not path.is_file():
-        raise TraceError("is no regular file; a trace is an npz file")
+        raise TraceError("is no regular file; a trace is a file, as trace.npz")
+
+
+def read_npz(
+    path: Path, legal: re.Pattern[str], skip: frozenset[str] = frozenset()
+) -> dict[str, AnyArray]:
+    """Return the arrays of an npz file by name, those to skip left unread.
+
+    What is allocated is at most 64 MiB or 64 times the file. Raises TraceError, without the path,
+    for a name that is not legal, and a dozen types, some undocumented, for hostile bytes.
+    """
+    check_file(path)
     file_bytes = path.stat().st_size
     limit_bytes = max(64 * 2**20, 64 * file_bytes)
     with zipfile.ZipFile(path) as archive:
@@ -359,35 +366,46 @@ def _read_arrays(path: Path) -> dict[str, AnyArray]:
             raise TraceError(
                 f"unpacks from {file_bytes} to {unpacked_bytes} bytes; legal are {limit_bytes}"
             )
-        if "schema" not in members:
-            members.pop("hidden", None)  # the router's inputs: legal there, and of no use here
-        for name in members:
-            if not (_NAME.fullmatch(name) if "schema" in members else name in ("experts", "meta")):
-                raise TraceError(f"there is no array called {name[:80]!r} in a trace")
-        return {name: _read_array(archive, name, info) for name, info in members.items()}
+        for name in members.keys() - skip:
+            if not legal.fullmatch(name):
+                raise TraceError(f"there is no array called {name[:80]!r} in such a file")
+        return {
+            name: _read_member(archive, name, info)
+            for name, info in members.items()
+            if name not in skip
+        }
 
 
-def _read_array(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> AnyArray:
+def _read_member(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> AnyArray:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise TraceError(f"{name} is compressed by method {info.compress_type}; legal are 0 and 8")
     with archive.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        elif version == (2, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-        else:
-            raise TraceError(f"{name} is npy version {version}; legal are (1, 0) and (2, 0)")
-        if dtype.hasobject:
-            raise TraceError(f"{name} holds Python objects, which are never loaded")
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        held = info.file_size - stream.tell()
-        if size != held or any(length < 0 for length in shape):
-            raise TraceError(f"{name} states shape {shape} of {dtype}, {size} bytes; it has {held}")
-        data = stream.read(size)
-        if len(data) != size:
-            raise TraceError(f"{name} ends after {len(data)} of {size} bytes")
+        return read_npy(stream, name, info.file_size)
+
+
+def read_npy(stream: IO[bytes], name: str, stream_bytes: int) -> AnyArray:
+    """Return the array of an npy stream of so many bytes, C-contiguous and read-only.
+
+    Raises TraceError calling it `name` where header and size disagree, before anything is
+    allocated; ValueError or worse where there is no header.
+    """
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+    else:
+        raise TraceError(f"{name} is npy version {version}; legal are (1, 0) and (2, 0)")
+    if dtype.hasobject:
+        raise TraceError(f"{name} holds Python objects, which are never loaded")
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    held = stream_bytes - stream.tell()
+    if size != held or any(length < 0 for length in shape):
+        raise TraceError(f"{name} states shape {shape} of {dtype}, {size} bytes; it has {held}")
+    data = stream.read(size)
+    if len(data) != size:
+        raise TraceError(f"{name} ends after {len(data)} of {size} bytes")
     array = np.frombuffer(data, dtype)
     return np.asarray(array.reshape(shape, order="F" if fortran else "C"), order="C")

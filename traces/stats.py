@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from moesim.errors import TraceError
 from moesim.traces.format import Ids, Trace, rows_by_sequence
+from moesim.traces.recall import recalls
 from moesim.types import DECODE, FloatArray, IntArray
 
 Mask = npt.NDArray[np.bool_]
@@ -191,6 +192,7 @@ def summary(trace: Trace) -> dict[str, Any]:
     """Return what `moesim trace info` shows, as plain numbers and lists, means over layers first.
 
     Of a trace beyond MOST_TOKENS or MOST_CELLS, the first rows; `tokens_examined` says how many.
+    `recall` is bounded by itself.
     """
     most = max(1, MOST_CELLS // (trace.layers * trace.n_experts))
     examined = min(trace.tokens, MOST_TOKENS, most)
@@ -219,6 +221,7 @@ def summary(trace: Trace) -> dict[str, Any]:
         "top_k": trace.top_k,
         "weights": trace.weights is not None,
         "predictors": sorted(trace.candidates),
+        "recall": recalls(trace),
         "reuse": {str(lag): _mean(row) for lag, row in zip(LAGS, by_lag, strict=True)},
         "reuse_by_layer": [_number(x) for x in by_lag[0]],
         "skew": {name: _mean(row) for name, row in skew(part).items()},

@@ -1,13 +1,16 @@
 """A generator of routing that repeats itself as real routing does.
 
-The router's logits of a layer are unit Gaussians made of a part that never changes, one per domain,
-a slow and a fast one that drift from token to token, and noise; the experts are their top k. Fitted
-to recorded traces of Qwen3-30B-A3B and, for other models, to published statistics. Independent
-draws would halve the hit rate of small caches, even with the right popularity.
+The router's logits of a layer are Gaussians made of a part that never changes, parts that drift
+from token to token, some slowly and some fast, and noise; the experts are their top k. Presets are
+fitted to recorded traces of Qwen3-30B-A3B and, for other models, to published statistics;
+`moesim.traces.fit` makes a `Router` of any trace. Independent draws would halve the hit rate of
+small caches, even with the right popularity.
 """
 
 import functools
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -15,13 +18,52 @@ import numpy.typing as npt
 
 from moesim.errors import TraceError
 from moesim.traces.format import MISSING, MOST_EXPERTS, Halves, Ids, Trace
-from moesim.types import DECODE, PREFILL, FloatArray
+from moesim.types import DECODE, PREFILL, FloatArray, IntArray
 
 Singles = npt.NDArray[np.float32]
 
 FIRST_GUESS = 0.72
 """Recall of the guess for layer 1, over that for deeper ones: the embedding says little yet.
 A small trained model had .634 against .868 to .891."""
+
+
+class Router(msgspec.Struct, frozen=True, eq=False, kw_only=True):
+    """What the logits of each layer are made of: all that the generator knows of a model.
+
+    favourites: means (topics, layers, experts); sequence i has the topic i modulo topics.
+    memories, variances: of the drifting parts (parts, layers, 1); a memory is what is left of a
+    part after a token. noise: variance of what is new with each token (layers, 1).
+    opening: means of the first token of a sequence (layers, experts), where it has its own: many
+    models park attention on it, whatever it is.
+    sharpness: of logits inside the softmax that gives weights, weight_sum: their sum (layers, 1).
+    """
+
+    top_k: int
+    favourites: Singles
+    memories: Singles
+    variances: Singles
+    noise: Singles
+    opening: Singles | None = None
+    sharpness: Singles
+    weight_sum: Singles
+
+
+class Guesser(msgspec.Struct, frozen=True, eq=False):
+    """A predictor: noisy copies of the logits so correlated (layers,), of which it keeps `width`.
+
+    NaN for the layers that it does not guess.
+    """
+
+    correlations: Singles
+    width: int
+
+
+class Choices(NamedTuple):
+    """Generated routing: ids and weights (tokens, layers, top_k), guesses by predictor."""
+
+    experts: Ids
+    weights: Halves
+    candidates: dict[str, Ids]
 
 
 class Drift(msgspec.Struct, frozen=True):
@@ -129,39 +171,32 @@ def synthesize(
     shape = (layers or model.layers, experts or model.experts, top_k or model.top_k)
     layers, experts, top_k = shape
     width = min(3 * top_k, experts) if width is None else width
-    _within("layers", layers, 1, 4096)
-    _within("experts", experts, 2, MISSING - 1)
-    _within("top_k", top_k, 1, experts)
-    _within("width", width, 1, experts)
-    _within("sequences", sequences, 1, 2**20)
-    _within("prompt", prompt, 1, 2**24)
-    _within("generate", generate, 1, 2**24)
-    _within("domains", domains, 1, 2**16)
-    _within("distances", distances, 0, 64)
-    _within("seed", seed, 0, 2**63 - 1)
+    within("layers", layers, 1, 4096)
+    within("experts", experts, 2, MISSING - 1)
+    within("top_k", top_k, 1, experts)
+    within("width", width, 1, experts)
+    within("sequences", sequences, 1, 2**20)
+    within("prompt", prompt, 1, 2**24)
+    within("generate", generate, 1, 2**24)
+    within("domains", domains, 1, 2**16)
+    within("distances", distances, 0, 64)
+    within("seed", seed, 0, 2**63 - 1)
     rows = prompt + generate - 1
-    _within("layers x experts", layers * experts, 1, MOST_EXPERTS)
-    _within("tokens x layers x top_k", sequences * rows * layers * top_k, 1, 2**30)
+    within("layers x experts", layers * experts, 1, MOST_EXPERTS)
+    within("tokens x layers x top_k", sequences * rows * layers * top_k, 1, 2**30)
 
     clean = _path_correlations(experts, top_k, recall, layers)
     correlations = {f"gate{d}": _ahead(clean, d) for d in range(1, min(distances, layers - 1) + 1)}
     if residual_recall is not None:
         path = _path_correlations(experts, top_k, residual_recall, layers)
         correlations["residual1"] = _ahead(path, 1)
+    guessers = {name: Guesser(by_layer, width) for name, by_layer in correlations.items()}
 
-    noise = np.random.default_rng([seed, 1])
-    ids = np.empty((sequences * rows, layers, top_k), np.uint16)
-    weights = np.empty(ids.shape, np.float16)
-    guesses = {n: np.full((len(ids), layers, width), MISSING, np.uint16) for n in correlations}
-    drawn = _logits(model, layers, experts, sequences, rows, domains, seed)
-    for first, logits in drawn:
-        part = slice(first, first + len(logits))
-        ids[part] = best_first(logits, top_k)
-        weights[part] = _softmax(np.take_along_axis(logits, ids[part].astype(np.int64), axis=-1))
-        for name, by_layer in correlations.items():
-            start = layers - len(by_layer)  # nothing can be guessed for the first layers
-            guess = blur(logits[:, start:], by_layer[:, None], noise)
-            guesses[name][part, start:] = best_first(guess, width)
+    rng = np.random.default_rng([seed, 0])
+    router = _router(model, layers, experts, top_k, min(domains, sequences), rng)
+    tokens = np.arange(sequences * rows)
+    starts = np.arange(sequences + 1) * rows
+    choices = choose(router, guessers, tokens, starts, rng, np.random.default_rng([seed, 1]))
 
     per_sequence = np.arange(rows)
     parameters = {
@@ -178,13 +213,13 @@ def synthesize(
         "width": width,
     }
     return Trace(
-        experts=ids,
-        weights=weights,
+        experts=choices.experts,
+        weights=choices.weights,
         layer_ids=np.arange(layers, dtype=np.int32),
         phase=np.tile(np.where(per_sequence < prompt, PREFILL, DECODE), sequences).astype(np.uint8),
         sequence=np.repeat(np.arange(sequences, dtype=np.int32), rows),
         position=np.tile(per_sequence, sequences).astype(np.int32),
-        candidates=guesses,
+        candidates=choices.candidates,
         meta={
             "model": model.model,
             "num_experts": experts,
@@ -199,6 +234,38 @@ def synthesize(
     )
 
 
+def choose(
+    router: Router,
+    guessers: dict[str, Guesser],
+    rows: IntArray,
+    starts: IntArray,
+    rng: np.random.Generator,
+    noise: np.random.Generator,
+) -> Choices:
+    """Return the routing of as many tokens as there are rows, and what predictors guess of it.
+
+    Sequence i is computed to the rows `rows[starts[i]:starts[i + 1]]`, as `rows_by_sequence` has
+    them. `rng` draws logits, `noise` the errors of predictors, which so change no routing.
+    """
+    layers = router.favourites.shape[1]
+    ids = np.empty((len(rows), layers, router.top_k), np.uint16)
+    weights = np.empty(ids.shape, np.float16)
+    candidates = {
+        name: np.full((len(rows), layers, guesser.width), MISSING, np.uint16)
+        for name, guesser in guessers.items()
+    }
+    for first, logits in _logits(router, starts, rng):
+        part = rows[first : first + len(logits)]
+        best = best_first(logits, router.top_k)
+        chosen = router.sharpness * np.take_along_axis(logits, best.astype(np.int64), axis=-1)
+        ids[part], weights[part] = best, router.weight_sum * _softmax(chosen)
+        for name, guesser in guessers.items():
+            made = np.flatnonzero(~np.isnan(guesser.correlations))
+            guess = blur(logits[:, made], guesser.correlations[made, None], noise)
+            candidates[name][part[:, None], made] = best_first(guess, guesser.width)
+    return Choices(ids, weights, candidates)
+
+
 def overlap(
     experts: int, top_k: int, correlation: float, pairs: int = 20_000, seed: int = 0
 ) -> float:
@@ -211,7 +278,7 @@ def overlap(
     for count in _blocks(pairs, 2**20 // experts + 1):
         x = rng.standard_normal((count, experts), np.float32)
         y = blur(x, np.float32(correlation), rng)
-        found += int((_top(x, top_k) & _top(y, top_k)).sum())
+        found += int((top(x, top_k) & top(y, top_k)).sum())
     return found / (pairs * top_k)
 
 
@@ -254,7 +321,8 @@ def best_first(scores: Singles, width: int) -> Ids:
     return np.take_along_axis(largest, order, axis=-1).astype(np.uint16)
 
 
-def _top(scores: Singles, top_k: int) -> npt.NDArray[np.bool_]:
+def top(scores: Singles, top_k: int) -> npt.NDArray[np.bool_]:
+    """Return which scores are the `top_k` largest along the last axis."""
     least = np.partition(scores, -top_k, axis=-1)[..., -top_k, None]
     return scores >= least
 
@@ -266,7 +334,8 @@ def _softmax(logits: Singles) -> Halves:
     return weights
 
 
-def _within(name: str, value: int, least: int, most: int) -> None:
+def within(name: str, value: int, least: int, most: int) -> None:
+    """Raise TraceError, naming what is legal, unless least <= value <= most."""
     if not least <= value <= most:
         raise TraceError(f"{name} is {value}; legal are {least}..{most}")
 
@@ -284,9 +353,10 @@ def _path_correlations(experts: int, top_k: int, recall: float, layers: int) -> 
 
 
 def _ahead(path: FloatArray, distance: int) -> Singles:
-    """Return the correlation of guesses `distance` ahead, for layers `distance` and deeper."""
+    """Return the correlation of guesses `distance` ahead (layers,), NaN for the first layers."""
     hops = [path[distance - hop : len(path) - hop] for hop in range(distance)]
-    correlations: Singles = np.prod(hops, axis=0).astype(np.float32)
+    correlations = np.full(len(path), np.nan, np.float32)
+    correlations[distance:] = np.prod(hops, axis=0)
     return correlations
 
 
@@ -301,32 +371,49 @@ def _by_layer(model: Preset, layers: int) -> tuple[Singles, ...]:
     return tuple(np.array(column, np.float32)[:, None] for column in zip(*fields, strict=True))
 
 
+def _router(
+    model: Preset, layers: int, experts: int, top_k: int, topics: int, rng: np.random.Generator
+) -> Router:
+    domain, slow, fast, fast_memory = _by_layer(model, layers)
+    lasting = np.sqrt(np.float32(model.base)) * rng.standard_normal((layers, experts), np.float32)
+    own = np.sqrt(domain) * rng.standard_normal((topics, layers, experts), np.float32)
+    return Router(
+        top_k=top_k,
+        favourites=lasting + own,
+        memories=np.stack([np.full_like(fast_memory, model.slow_memory), fast_memory]),
+        variances=np.stack([slow, fast]),
+        noise=np.maximum(0, 1 - model.base - domain - slow - fast),
+        sharpness=np.ones((layers, 1), np.float32),
+        weight_sum=np.ones((layers, 1), np.float32),
+    )
+
+
 def _logits(
-    model: Preset, layers: int, experts: int, sequences: int, rows: int, domains: int, seed: int
+    router: Router, starts: IntArray, rng: np.random.Generator
 ) -> Iterator[tuple[int, Singles]]:
-    """Yield the first row and the logits (tokens, layers, experts) of one block after another."""
-    rng = np.random.default_rng([seed, 0])
+    """Yield the first token and the logits (tokens, layers, experts) of one block after another."""
+    topics, layers, experts = router.favourites.shape
 
     def draw(*shape: int) -> Singles:
         return rng.standard_normal((*shape, layers, experts), np.float32)
 
-    domain, slow, fast, fast_memory = _by_layer(model, layers)
-    noise = np.sqrt(np.maximum(0, 1 - model.base - domain - slow - fast))
-    lasting = np.sqrt(np.float32(model.base)) * draw()
-    topics = np.sqrt(domain) * draw(min(domains, sequences))
-    slow_memory = np.float32(model.slow_memory)
+    noise, amplitudes = np.sqrt(router.noise), np.sqrt(router.variances)
+    renewed = np.sqrt(1 - router.memories**2)
     block = max(1, 2**20 // (layers * experts))
-    for sequence in range(sequences):
-        fixed = lasting + topics[sequence % domains]
-        slow_part, fast_part = draw(), draw()
-        done = 0
-        for count in _blocks(rows, block):
-            slow_steps = np.sqrt(1 - slow_memory**2) * draw(count)
-            fast_steps = np.sqrt(1 - fast_memory**2) * draw(count)
+    for sequence, (start, end) in enumerate(pairwise(starts.tolist())):
+        fixed = router.favourites[sequence % topics]
+        parts = [draw() for _ in amplitudes]
+        first = start
+        for count in _blocks(end - start, block):
+            steps = [step * draw(count) for step in renewed]
             logits = noise * draw(count)
             for token in range(count):
-                slow_part = slow_memory * slow_part + slow_steps[token]
-                fast_part = fast_memory * fast_part + fast_steps[token]
-                logits[token] += fixed + np.sqrt(slow) * slow_part + np.sqrt(fast) * fast_part
-            yield sequence * rows + done, logits
-            done += count
+                mean = fixed
+                if router.opening is not None and first + token == start:
+                    mean = router.opening
+                for i, memory in enumerate(router.memories):
+                    parts[i] = memory * parts[i] + steps[i][token]
+                    mean = mean + amplitudes[i] * parts[i]
+                logits[token] += mean
+            yield first, logits
+            first += count

@@ -13,7 +13,7 @@ from moesim.policies.registry import Chosen
 from moesim.profile import HardwareProfile, decision_ns
 from moesim.residency import Residency, new_residency
 from moesim.state import STATES, Host
-from moesim.traces.format import MISSING, Trace
+from moesim.traces.format import Trace
 from moesim.traces.predictors import SEES_FUTURE, guess, resolve
 from moesim.traces.stats import popularity
 from moesim.traces.workload import Steps, Workload, steps_of
@@ -71,10 +71,11 @@ def check_budget(budget_bytes: int, model: ModelSpec, bits: int, one: int) -> No
 def check_fit(trace: Trace, model: ModelSpec) -> None:
     """Raise InputError if the trace is of another model than the one described."""
     has = (trace.layers, trace.top_k)
-    if has != (model.layers, model.top_k) or trace.n_experts > model.experts:
+    most = model.experts + model.weightless_experts
+    if has != (model.layers, model.top_k) or trace.n_experts > most:
         raise InputError(
             f"the trace has {trace.layers} MoE layers of {trace.n_experts} experts, "
-            f"top-{trace.top_k}; {model.name} has {model.layers} of {model.experts}, "
+            f"top-{trace.top_k}; {model.name} has {model.layers} of {most}, "
             f"top-{model.top_k}"
         )
 
@@ -97,7 +98,7 @@ def prepare(
     check_budget(budget_bytes, model, bits, int(costs.expert_bytes[:, precision].max()))
     counts = np.zeros((model.layers, model.experts), np.int64)
     seen = popularity(trace, workload.unused_rows(trace))
-    counts[:, : seen.shape[1]] = seen
+    counts[:, : seen.shape[1]] = seen[:, : model.experts]
     setting = Setting(
         layers=model.layers,
         experts=model.experts,
@@ -122,13 +123,16 @@ def prepare(
     except Exception as error:
         raise PolicyError(f"policy '{chosen.name}': {type(error).__name__}: {error}") from error
     steps = steps_of(workload, placement.batches)
-    predictors = tuple(resolve(trace, p.predictor, p.distance) for p in placement.predictions)
+    predictors = tuple(
+        resolve(trace, p.predictor, p.distance, after_gate=p.after_gate)
+        for p in placement.predictions
+    )
     feed = Feed(
         steps=steps,
-        chosen=signed(trace.experts[steps.rows]),
+        chosen=signed(trace.experts[steps.rows], model.experts),
         weights=None if trace.weights is None else trace.weights[steps.rows],
         guesses=tuple(
-            guess_signed(trace, steps, name, p, model.top_k, seed)
+            guess_signed(trace, steps, name, p, model, seed)
             for name, p in zip(predictors, placement.predictions, strict=True)
         ),
     )
@@ -157,18 +161,21 @@ def prepare(
     )
 
 
-def signed(ids: Any) -> Any:
-    """Return uint16 ids as int16, with -1 for missing ones."""
-    return np.where(ids == MISSING, NONE, ids).astype(np.int16)
+def signed(ids: Any, experts: int) -> Any:
+    """Return uint16 ids as int16, with -1 for missing ones, and for experts without weights.
+
+    Those have the ids from `experts` on; they pass a token on, and cost neither bytes nor time.
+    """
+    return np.where(ids >= experts, NONE, ids).astype(np.int16)
 
 
 def guess_signed(
-    trace: Trace, steps: Steps, name: str, p: Any, top_k: int, seed: int
+    trace: Trace, steps: Steps, name: str, p: Any, model: ModelSpec, seed: int
 ) -> tuple[Any, Any]:
     """Return one prediction's guesses for all rows, as a Feed has them."""
-    width = max(p.width, top_k)
+    width = max(p.width, model.top_k)
     ids, scores = guess(trace, steps, name, p.distance, width, recall=p.recall, seed=seed)
-    return signed(ids), scores
+    return signed(ids, model.experts), scores
 
 
 def new_host(

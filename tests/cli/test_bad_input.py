@@ -170,9 +170,12 @@ def test_options(case: str, refused: Callable[..., str], small: Path, tmp_path: 
     [
         (
             ["replai"],
-            ["'replai'", "there are: cache, compile, hardware, models, policies, replay, trace"],
+            [
+                "'replai'",
+                "there are: cache, compile, hardware, models, policies, record, replay, trace",
+            ],
         ),
-        (["trace", "show"], ["'show'", "there are: info, synth"]),
+        (["trace", "show"], ["'show'", "there are: cut, export, import, info, join, synth"]),
         (["--polici"], ["--polici", "see moesim --help"]),
         (["trace", "synth", "-o", "x", "--recall", "nan"], ["--recall", "0<=x<=1"]),
     ],
@@ -324,14 +327,15 @@ def test_a_truncated_trace(refused: Callable[..., str], small: Path, tmp_path: P
     for length in (0, 1, 30, len(whole) // 2, len(whole) - 1):
         bad.write_bytes(whole[:length])
 
-        assert "bad.npz: no readable npz file" in refused(bad)
+        what = "is no kind of trace that is known" if length < 2 else "no readable file"
+        assert f"bad.npz: {what}" in refused(bad)
 
 
 def test_a_file_that_is_no_trace(refused: Callable[..., str], tmp_path: Path) -> None:
     bad = tmp_path / "notes.txt"
-    bad.write_text("layer,expert\n0,3\n")
+    bad.write_text("notes of a trace\n")
 
-    assert "notes.txt: no readable npz file" in refused(bad)
+    assert "notes.txt: is no kind of trace that is known; there are: moesim (npz" in refused(bad)
 
 
 def test_ten_gigabytes_stated_in_a_kilobyte(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -496,9 +500,7 @@ def moesim(*words: object, cwd: Path) -> CompletedProcess[str]:
 def test_the_program_complains_in_one_line(options: list[str], tmp_path: Path) -> None:
     (tmp_path / "t.npz").write_bytes(b"PK\x03\x04 not really")
 
-    assert "t.npz: no readable npz file" in complaint(
-        moesim("replay", "t.npz", *options, cwd=tmp_path)
-    )
+    assert "t.npz: no readable file" in complaint(moesim("replay", "t.npz", *options, cwd=tmp_path))
 
 
 def test_a_full_disk_is_one_line(

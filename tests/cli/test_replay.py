@@ -17,6 +17,7 @@ import pytest
 from moesim.model import expert_bytes, load_model
 from moesim.traces.bundled import example_path
 from moesim.traces.format import MISSING, Trace, read_trace
+from moesim.traces.importers import load_trace
 
 Cli = Callable[..., CompletedProcess[str]]
 
@@ -81,13 +82,14 @@ def test_without_arguments_the_bundled_trace_is_replayed() -> None:
         assert followed == unit
     assert "of the time the GPU" in lines[1]
     assert all(len(line) <= 80 for line in lines)
-    assert any("qwen3-30b-a3b, experts in 16 bit" in line for line in lines)
-    assert any("1 sequence, 64 prompt + 64 generated tokens" in line for line in lines)
+    assert any("tiny-mixtral, experts in 16 bit" in line for line in lines)
+    assert any("1 sequence, 64 prompt + 65 generated tokens" in line for line in lines)
     assert any("100% datasheet" in line for line in lines)
     assert [note.partition(":")[0] for note in notes(ended)] == [
         "hardware",
-        "budget 20.12 GiB, 37% of all experts",
+        "budget 72.00 MiB, 100% of all experts",
     ]
+    assert "try --cache-ratio 0.25" in notes(ended)[1]
 
 
 @pytest.mark.parametrize("policy", ["lru", "static", "dali"])
@@ -187,9 +189,9 @@ def test_the_bundled_trace_counts_as_many_experts_as_it_names(
     found = result("--generate", 5)
     trace = read_trace(example_path())
 
-    assert found["activations"]["total"] == used(trace, slice(0, 64)) + 4 * 48 * 8
-    assert found["run"]["model"] == "qwen3-30b-a3b"
-    assert found["prefetch"]["predictors"] == ["gate1"]
+    assert found["activations"]["total"] == used(trace, slice(0, 64)) + 4 * 8 * 2
+    assert found["run"]["model"] == "tiny-mixtral"
+    assert found["prefetch"]["predictors"] == ["residual1"]
 
 
 def test_missing_ids_are_no_activations(
@@ -415,7 +417,7 @@ def test_a_layer_major_file_and_its_model_with_a_suffix(cli: Cli, tmp_path: Path
     found = json.loads(ended.stdout)
 
     assert found["run"]["model"] == "qwen3-30b-a3b"
-    assert found["activations"]["total"] == used(read_trace(path), slice(0, 6)) + 2 * 48 * 8
+    assert found["activations"]["total"] == used(load_trace(path), slice(0, 6)) + 2 * 48 * 8
     assert any("longer than any sequence of the trace (4)" in note for note in notes(ended))
     assert any("no router weights" in note for note in notes(ended))
 

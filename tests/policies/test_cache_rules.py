@@ -23,7 +23,8 @@ from moesim.policies.registry import choose
 from moesim.profile import HardwareProfile
 from moesim.run import prepare
 from moesim.sim.replay import Replayed, replay
-from moesim.traces.format import MISSING, Trace, read_trace
+from moesim.traces.format import MISSING, Trace
+from moesim.traces.importers import load_trace
 from moesim.traces.synthetic import synthesize
 from moesim.traces.workload import Workload, cut
 from moesim.types import CAUSES, COPY_IN, DEMAND, EXPERT_GPU, NONE, OUTCOMES, RESIDENT
@@ -90,7 +91,7 @@ def test_rules_equal_libcachesim_access_by_access(rule: str, capacity: int) -> N
 @pytest.mark.skipif(not GENERAL.is_file(), reason="needs the recorded trace")
 @pytest.mark.parametrize("rule", list(RULES))
 def test_rules_equal_libcachesim_on_a_recorded_trace(rule: str) -> None:
-    accesses = accesses_of(read_trace(GENERAL), LAYER)
+    accesses = accesses_of(load_trace(GENERAL), LAYER)
     rates = []
     for capacity in (1, 8, 20, 64, 120):
         hits = own_hits(rule, accesses, capacity, 128)
@@ -239,7 +240,7 @@ def test_replayed_hits_equal_a_cache_that_protects_active_experts(
 
 @pytest.mark.skipif(not GENERAL.is_file(), reason="needs the recorded trace")
 def test_replayed_hits_equal_it_on_a_recorded_trace(profile: HardwareProfile) -> None:
-    trace = read_trace(GENERAL)
+    trace = load_trace(GENERAL)
     model = load_model("qwen3-30b-a3b")
     workload = cut(trace, batch=2, prompt=8, generate=12)
     budget_bytes = 48 * 32 * expert_bytes(model)

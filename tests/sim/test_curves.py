@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from moesim.errors import InputError
 from moesim.jit.store import disabled
 from moesim.sim.curves import CLOCKS, LOOKUPS_PER_S, PATIENCE_S, RULES, Curves, curves
-from moesim.traces.format import MISSING, Trace, read_trace
+from moesim.traces.format import MISSING, Trace
+from moesim.traces.importers import load_trace
 from moesim.traces.stats import lru_hits
 from moesim.traces.synthetic import synthesize
 
@@ -214,7 +215,7 @@ def test_misses_agree_with_the_published_ones() -> None:
     with REFERENCE.open() as file:
         published = [row for row in csv.DictReader(file) if row["policy"] in RULES]
     sizes = sorted({int(row["capacity"]) for row in published})
-    made = curves(read_trace(GENERAL), RULES, sizes, compiled=True)
+    made = curves(load_trace(GENERAL), RULES, sizes, compiled=True)
     misses = (made.lookups - made.hits)[:, :, 24] / 8000
 
     assert len(published) == 18

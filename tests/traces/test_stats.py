@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import TraceError
-from moesim.traces.format import MISSING, Trace, read_trace
+from moesim.traces.format import MISSING, Trace
+from moesim.traces.importers import load_trace
 from moesim.traces.stats import (
     active,
     belady_hits,
@@ -176,12 +177,12 @@ def test_a_summary_of_much_looks_at_the_first_tokens(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture(scope="module")
 def general() -> Trace:
-    return read_trace(SHARED / "qwen3-30b-a3b-general.npz")
+    return load_trace(SHARED / "qwen3-30b-a3b-general.npz")
 
 
 @pytest.fixture(scope="module")
 def code() -> Trace:
-    return read_trace(SHARED / "qwen3-30b-a3b-code.npz")
+    return load_trace(SHARED / "qwen3-30b-a3b-code.npz")
 
 
 @recorded

@@ -1,10 +1,10 @@
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -12,36 +12,21 @@ from click.testing import CliRunner
 from moesim.cli.trace import command
 from moesim.errors import MoesimError
 from moesim.traces import bundled
-from moesim.traces.format import read_trace
-
-
-def test_the_bundled_trace_is_small_and_can_be_made_again(tmp_path: Path) -> None:
-    assert bundled.__doc__ is not None
-    made = re.search(r"^moesim trace (synth .*?)$", bundled.__doc__.replace("\\\n", ""), re.M)
-    assert made is not None
-    words = shlex.split(made[1])
-    words[words.index("-o") + 1] = str(tmp_path / "again.npz")
-
-    result = CliRunner().invoke(command, words, catch_exceptions=False)
-    again, shipped = read_trace(tmp_path / "again.npz"), read_trace(bundled.example_path())
-
-    assert result.exit_code == 0
-    assert bundled.example_path().stat().st_size <= 1_000_000
-    assert (again.experts == shipped.experts).all()
-    assert (again.candidates["gate1"] == shipped.candidates["gate1"]).all()
-    assert again.meta == shipped.meta
-    assert again.weights is not None
-    assert shipped.weights is not None
-    # The exponential function may differ in its last bit from machine to machine.
-    assert np.abs(again.weights - shipped.weights).max() <= 1 / 256
+from moesim.traces.format import MISSING, read_trace, write_trace
+from moesim.traces.synthetic import synthesize
+from moesim.types import DECODE
 
 
 def test_info_prints_what_decides() -> None:
+    trace = read_trace(bundled.example_path())
+    decode = int((trace.phase == DECODE).sum())
     result = CliRunner().invoke(command, ["info", str(bundled.example_path())])
 
     assert result.exit_code == 0
     for words in (
-        "qwen3-30b-a3b: 48 layers, 128 experts, top-8; 635 tokens (320 prefill, 315 decode)",
+        f"{trace.meta['model']}: {trace.layers} layers, {trace.n_experts} experts, "
+        f"top-{trace.top_k}; {trace.tokens} tokens ({trace.tokens - decode} prefill, "
+        f"{decode} decode)",
         "guesses: gate1",
         "Hit rate of a cache of so many experts per layer",
         "Experts used again",
@@ -50,13 +35,42 @@ def test_info_prints_what_decides() -> None:
         assert words in result.output
 
 
+def test_info_shows_recall_in_80_columns(tmp_path: Path) -> None:
+    trace = synthesize("qwen3-30b", layers=9, sequences=1, prompt=8, generate=9, distances=2)
+    first = np.where((np.arange(9) == 0)[:, None], trace.experts, MISSING).astype(np.uint16)
+    candidates = {**trace.candidates, "router": trace.experts, "wrap1": first}
+    write_trace(msgspec.structs.replace(trace, candidates=candidates), tmp_path / "t.npz")
+
+    result = CliRunner().invoke(command, ["info", str(tmp_path / "t.npz")])
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+
+    assert max(map(len, result.output.splitlines()[2:])) <= 80
+    assert "…" not in result.output
+    for line in (
+        "layers ahead 1 2 3",
+        "candidates 8 16 8 16 8 16",
+        "wrap, layer 0 1.000 - - - - -",
+        "at random 0.062 0.125 0.062 0.125 0.062 0.125",
+        "the router itself 1.000",
+        "wrap, layer 0 1.000" + " -" * 7,  # by layer
+    ):
+        assert line in lines
+    assert any(re.fullmatch(r"gate( 0\.\d{3}| -){4} - -", line) for line in lines)
+    assert "transition-offline learns from other sequences" in " ".join(lines)
+
+
 def test_info_as_json_is_only_json() -> None:
     result = CliRunner().invoke(command, ["info", "--json", str(bundled.example_path())])
     found = json.loads(result.stdout)
 
-    assert found["tokens"] == 635
-    assert found["layers"] == len(found["reuse_by_layer"]) == 48
-    assert 0 < found["hit_ratio"]["lru"]["32"] < found["hit_ratio"]["belady"]["32"] < 1
+    hits, recall, top_k = found["hit_ratio"], found["recall"], str(found["top_k"])
+    size = str(found["experts"] // 4)
+
+    assert found["tokens"] == read_trace(bundled.example_path()).tokens
+    assert found["layers"] == len(found["reuse_by_layer"])
+    assert 0 < hits["lru"][size] < hits["belady"][size] < 1
+    by_name = {name: of["1"]["at"][top_k] for name, of in recall["predictors"].items()}
+    assert 1 > by_name["gate"] > by_name["previous"] > recall["chance"][top_k]
 
 
 @pytest.mark.parametrize(
@@ -94,4 +108,4 @@ def test_a_bad_file_ends_the_program_in_one_line(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1
-    assert "t.npz: no readable npz file" in ended.stderr
+    assert "t.npz: no readable " in ended.stderr

@@ -73,9 +73,13 @@ def load_model(
 
     Raises RecordError for what cannot be loaded.
     """
-    import torch
-    import transformers
-
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise RecordError(
+            f"recording needs PyTorch ({error}): pip install 'moesim[torch]'"
+        ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     path, notes = Path(source), []

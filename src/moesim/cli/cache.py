@@ -33,21 +33,29 @@ if TYPE_CHECKING:
     metavar="token|access",
     help="What LRU and Belady count; by access, all rules are libCacheSim's.",
 )
+@click.option(
+    "--model", metavar="NAME|PATH", help="Whose trace it is, for files that do not say it."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
-def command(trace: Path | None, rule: str, sizes: str | None, clock: str, as_json: bool) -> None:
+def command(
+    trace: Path | None, rule: str, sizes: str | None, clock: str, model: str | None, as_json: bool
+) -> None:
     """Say how often caches of each rule and size hit, layer by layer.
 
     Without TRACE, the example that ships with moesim. Every token counts, prefill and decode. One
     cache per layer, empty at first; experts are looked up one by one and admitted at once.
     """
+    from moesim.model import load_model
     from moesim.sim.curves import curves
     from moesim.traces.bundled import example_path
-    from moesim.traces.format import read_trace
+    from moesim.traces.importers import load_trace
     from moesim.traces.stats import cache_sizes
 
     rules = list(dict.fromkeys(name.strip() for name in rule.split(",")))
     wanted = None if sizes is None else numbers(sizes)
-    routing = read_trace(trace or example_path())
+    routing = load_trace(
+        trace or example_path(), spec=load_model(model) if model is not None else None
+    )
     found = curves(
         routing, rules, wanted or cache_sizes(routing), clock,
         say=lambda line: click.echo(f"note: {line}", err=True),

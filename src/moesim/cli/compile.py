@@ -69,7 +69,7 @@ def compile_policy(chosen: "Chosen") -> bool:
 
 def any_run(chosen: "Chosen") -> "Prepared":
     """Return a run through a policy: compiled code is the same for all models and machines."""
-    from moesim.model import expert_bytes, load_model
+    from moesim.model import expert_bytes, spec_from_dict
     from moesim.profile import load_profile
     from moesim.run import prepare
     from moesim.traces.bundled import example_path
@@ -77,7 +77,7 @@ def any_run(chosen: "Chosen") -> "Prepared":
     from moesim.traces.workload import cut
 
     trace = read_trace(example_path())
-    model = load_model("qwen3-30b-a3b")
+    model = spec_from_dict(trace.meta["spec"])
     budget_bytes = model.layers * model.experts * expert_bytes(model, 16) // 4
     return prepare(
         trace, cut(trace, 1, prompt=1, generate=1), model, load_profile(None)[0], chosen,

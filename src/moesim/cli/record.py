@@ -100,7 +100,7 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from moesim.errors import InputError, RecordError
+    from moesim.errors import RecordError
     from moesim.traces.recorder import prompts as recording
     from moesim.traces.recorder.hooks import MeanInputs
 
@@ -109,12 +109,6 @@ def command(
     texts = recording.read_prompts(prompts)
     others = recording.read_prompts(calibration_prompts) if calibration_prompts else None
     known: MeanInputs | None = read_residuals(residuals) if residuals is not None else None
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"recording needs PyTorch ({error}): pip install 'moesim[torch]'"
-        ) from None
     net, tokenizer, notes = recording.load_model(model, dtype=dtype, device=device, seed=seed)
     for line in notes:
         click.echo(f"note: {line}", err=True)

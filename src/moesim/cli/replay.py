@@ -128,6 +128,7 @@ def command(
     Without TRACE, the example that ships with moesim.
     """
     from moesim.errors import InputError
+    from moesim.model import load_model
     from moesim.policies.registry import choose
     from moesim.profile import load_profile, with_overrides
     from moesim.run import prepare
@@ -135,7 +136,7 @@ def command(
     from moesim.sim.metrics import summarize
     from moesim.sim.replay import replay
     from moesim.traces.bundled import example_path
-    from moesim.traces.format import read_trace
+    from moesim.traces.importers import load_trace
     from moesim.traces.workload import cut
 
     if budget is not None and cache_ratio is not None:
@@ -149,7 +150,8 @@ def command(
     taken = [path.resolve() for path in (*outputs, *filter(None, [trace]))]
     if len(set(taken)) < len(taken):
         raise InputError("TRACE, --timeline and --csv must be different files")
-    routing = read_trace(trace or example_path())
+    asked = load_model(model) if model is not None else None
+    routing = load_trace(trace or example_path(), spec=asked)
     spec = model_of(model, routing)
     workload = cut(routing, batch, prompt, generate, start, repeat)
     size, said = budget_of(spec, profile, workload, budget, cache_ratio, int(bits))
@@ -238,10 +240,13 @@ def budget_of(
         )
     left = min(left, experts * one * 3 // 2)
     share = min(1.0, left / (experts * one))
-    return left, (
-        f"budget {left / 2**30:.2f} GiB, {share:.0%} of all experts: what {profile.gpu.name} has "
-        "left"
+    unit, name = (2**30, "GiB") if left >= 2**30 else (2**20, "MiB")
+    said = (
+        f"budget {left / unit:.2f} {name}, {share:.0%} of all experts: what {profile.gpu.name} has"
     )
+    if share == 1:
+        return left, f"{said}; policies differ where experts do not fit: try --cache-ratio 0.25"
+    return left, f"{said} left"
 
 
 def with_progress(work: Any) -> "Replayed":
@@ -305,11 +310,13 @@ def show(result: dict[str, Any], run: "Replayed") -> None:
     )
     console.print(f"{explain(result)}\n")
     experts = run.prepared.setting.layers * run.prepared.setting.experts
+    budget_bytes = about["budget_bytes"]
+    budget_unit, budget_name = (2**30, "GiB") if budget_bytes >= 2**30 else (2**20, "MiB")
     console.print(
         f"policy     {result['policy']}\n"
         f"hardware   {about['hardware']}\n"
         f"model      {about['model']}, experts in {about['bits']} bit\n"
-        f"budget     {about['budget_bytes'] / 2**30:.2f} GiB, room for "
+        f"budget     {budget_bytes / budget_unit:.2f} {budget_name}, room for "
         f"{min(run.prepared.setting.slots, experts)} of {experts} experts\n"
         f"workload   {count} sequence{'s' if count > 1 else ''}, "
         f"{result['prompt_tokens']} prompt + {result['output_tokens']} generated tokens"
@@ -332,11 +339,12 @@ def show(result: dict[str, Any], run: "Replayed") -> None:
                 grid.add_row(shown, f"{amount / unit:.{digits}f}", f"{100 * amount / total:.1f}")
         return grid
 
+    link_unit = (1e9, "GB", 2) if sum(result["link_bytes"].values()) >= 1e9 else (1e6, "MB", 1)
     outcomes = {key: n for key, n in result["activations"].items() if key != "total"}
     tables = [
         table("Time", result["time_ns"], 1e6, "ms", 1),
         table("Experts run", outcomes, 1, "times", 0),
-        table("Link", result["link_bytes"], 1e9, "GB", 2),
+        table("Link", result["link_bytes"], *link_unit),
     ]
     console.print(Columns(tables, padding=(0, 3)))
     lines = ["", "Busy: " + ", ".join(f"{k} {v:.1%}" for k, v in result["lanes"].items() if v)]

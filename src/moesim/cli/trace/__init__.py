@@ -5,7 +5,11 @@ import click
 from moesim.cli.common import LazyCommands
 
 COMMANDS = {
+    "cut": "Take part of a trace: some sequences, tokens, layers or predictors.",
+    "export": "Write a trace in the form of another program.",
+    "import": "Turn what an engine or tool recorded into a trace.",
     "info": "Show what decides policies: locality, popularity, working set, hits by cache size.",
+    "join": "Put traces of one model together, one after the other.",
     "synth": "Make up a trace that repeats itself as the preset's model does.",
 }
 
