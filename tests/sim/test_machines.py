@@ -446,28 +446,36 @@ def test_tables_may_grow_while_others_use_the_memory() -> None:
 def test_threads_share_a_trace_and_run_at_the_same_time() -> None:
     """While compiled code runs, the main thread sees how far it is: the GIL is free.
 
-    Each run is one call. Were the GIL held, only its beginning and its end could be seen.
+    Each run is one call. Were the GIL held, only its beginning, its end and its few calls back, for
+    tables that grow, could ever be seen. A busy machine may not let the main thread look; it gets
+    several chances.
     """
     rng = np.random.default_rng(0)
     choices = np.array([[rng.permutation(64)[:8] for _ in range(24)] for _ in range(600)])
     costs = lab.make_costs(24, attention=90, gate=10, gpu=40, cpu=70, head=9, copy_ns_per_kib=320)
-    prepared = [
-        lab.prepared(choose("lru"), choices, costs, experts=64, slots=300) for _ in range(3)
-    ]
-    alone = moesim.sim.replay.replay(prepared[0], machine="compiled")
-    runs = [CompiledRun(p, seed=0, jitter=0, record=False) for p in prepared[1:]]
-    steps = len(prepared[0].host.steps.phase)
-    threads = [threading.Thread(target=run.steps, args=(0, steps)) for run in runs]
-    for thread in threads:
-        thread.start()
-    seen: list[set[int]] = [set(), set()]
-    while any(thread.is_alive() for thread in threads):
-        for run, found in zip(runs, seen, strict=True):
-            found.add(int(run.lanes.state[TICKETS]))
-    for thread in threads:
-        thread.join()
-    for run, found in zip(runs, seen, strict=True):
-        assert len(found) > 20  # tables that grow call back a few times
-        assert run.counts()[0] == alone.operations
-        for mine, theirs in zip(run.heads(), alone.heads, strict=True):
-            assert_same_totals(mine, theirs)
+
+    def prepared() -> Prepared:
+        return lab.prepared(choose("lru"), choices, costs, experts=64, slots=300)
+
+    alone = moesim.sim.replay.replay(prepared(), machine="compiled")
+    most_seen = 0
+    for _ in range(10):
+        runs = [CompiledRun(prepared(), seed=0, jitter=0, record=False) for _ in range(2)]
+        steps = len(runs[0].prepared.host.steps.phase)
+        threads = [threading.Thread(target=run.steps, args=(0, steps)) for run in runs]
+        for thread in threads:
+            thread.start()
+        seen: list[set[int]] = [set(), set()]
+        while any(thread.is_alive() for thread in threads):
+            for run, found in zip(runs, seen, strict=True):
+                found.add(int(run.lanes.state[TICKETS]))
+        for thread in threads:
+            thread.join()
+        for run in runs:
+            assert run.counts()[0] == alone.operations
+            for mine, theirs in zip(run.heads(), alone.heads, strict=True):
+                assert_same_totals(mine, theirs)
+        most_seen = max(most_seen, *map(len, seen))
+        if most_seen > 20:
+            break
+    assert most_seen > 20
