@@ -1,6 +1,7 @@
 """`moesim record`: folders with and without weights and tokenizers, interruptions, bad input."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ def test_a_folder_is_recorded(folder: Path, record: Record, tmp_path: Path) -> N
     trace = read_trace(tmp_path / "out.npz")
 
     assert result.exit_code == 0
-    assert "4 sequences; 4 layers of 8 experts, top-2; guesses: gate1" in result.stdout
-    assert spec_from_dict(trace.meta["spec"]).name == "tiny-mixtral"
+    assert "27 tokens (15 prefill, 12 decode) in 4 sequences" in result.stdout
+    assert spec_from_dict(trace.meta["spec"]).name == trace.meta["model"] == "tiny-mixtral"
     assert set(trace.candidates) == {
         *("router", "wrap1"),
         *(f"{kind}{distance}" for kind in ("gate", "residual") for distance in (1, 2, 3)),
@@ -96,7 +97,7 @@ def test_an_interrupted_recording_keeps_what_is_done_and_goes_on(
     def interrupt(self: Any, *args: Any) -> None:
         nonlocal passes
         passes += 1
-        if passes > 1 + 2 * 4 + 2:  # one to calibrate, two prompts of 4 passes, half of the third
+        if passes > 4 + 2 * 4 + 2:  # 4 to calibrate, two prompts of 4 passes, half of the third
             raise KeyboardInterrupt
         plain(self, *args)
 
@@ -119,6 +120,69 @@ def test_an_interrupted_recording_keeps_what_is_done_and_goes_on(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.npz", "p.txt"]
 
 
+def test_an_interruption_before_anything_is_done_leaves_nothing(
+    folder: Path, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hooks.Recorder, "_end", interrupt)
+    result = record(folder, "--calibrate", "0")
+    monkeypatch.undo()
+
+    assert "0 of 4 prompts are done" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.txt"]
+    assert record(folder).exit_code == 0
+
+
+def test_other_weights_are_another_recording(
+    folder: Path, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "config.json"
+    bare.write_text((folder / "config.json").read_text())
+    plain, passes = hooks.Recorder._end, 0
+
+    def interrupt(self: Any, *args: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes > 5:
+            raise KeyboardInterrupt
+        plain(self, *args)
+
+    monkeypatch.setattr(hooks.Recorder, "_end", interrupt)
+    record(bare, "--calibrate", "0")
+    monkeypatch.undo()
+    config = json.loads(bare.read_text())
+    tiny("mixtral", seed=9, vocab_size=300).save_pretrained(tmp_path)
+    bare.write_text(json.dumps(config))
+    result = record(tmp_path, "--calibrate", "0")
+
+    assert isinstance(result.exception, InputError)
+    assert "recording with weights" in str(result.exception)
+
+
+def test_the_models_own_generation_settings_are_not_used(
+    folder: Path, record: Record, tmp_path: Path
+) -> None:
+    assert record(folder).exit_code == 0
+    plain = read_trace(tmp_path / "out.npz")
+    odd = tmp_path / "odd"
+    shutil.copytree(folder, odd)
+    settings = json.loads((odd / "generation_config.json").read_text())
+    wild = {"num_beams": 3, "repetition_penalty": 5.0, "do_sample": True, "top_p": 0.1}
+    (odd / "generation_config.json").write_text(json.dumps(settings | wild))
+
+    assert record(odd).exit_code == 0
+    assert (read_trace(tmp_path / "out.npz").experts == plain.experts).all()
+
+
+def test_a_prompt_ends_at_a_newline_and_nowhere_else(
+    folder: Path, record: Record, tmp_path: Path
+) -> None:
+    assert record(folder, prompts="one\x0ctwo\u2028three\n\nfour\r\n").exit_code == 0
+    assert read_trace(tmp_path / "out.npz").sequence.max() == 1
+
+
 @pytest.mark.parametrize("given", ["folder", "config.json"])
 def test_without_weights_and_tokenizer(
     folder: Path, record: Record, tmp_path: Path, given: str
@@ -139,6 +203,7 @@ def test_without_weights_and_tokenizer(
     assert trace.token_id is not None
     text = PROMPTS.splitlines()[0].encode()
     assert bytes(trace.token_id[: len(text)].astype(np.uint8)) == text
+    assert trace.meta["model"].endswith(", random weights")
     assert same(trace, again)
     assert not same(trace, other)
 
@@ -181,12 +246,21 @@ def test_residuals_are_saved_and_loaded(folder: Path, record: Record, tmp_path: 
         ("a\n", ("--calibrate", "0", "--save-residuals", "x.npy"), ["--save-residuals"]),
         ("a\n", ("--device", "abacus"), ["no model can be loaded", "abacus"]),
         ("a\n", ("-o", "nowhere/out.npz"), ["there is no folder"]),
+        ("a\n", ("--temperature", "nan"), ["--temperature is nan"]),
+        ("a\n", ("--residuals", "{tmp}/narrow.npy"), ["residuals are 3 wide", "are 32"]),
+        ("a\n", ("--residuals", "{tmp}/nan.npy"), ["finite float32"]),
+        ("a\n", ("-o", "{tmp}/p.txt"), ["must be other files"]),
+        ("a\n", ("-o", "{folder}/config.json"), ["config.json: is part of the model"]),
     ],
 )
 def test_bad_input_is_one_clear_line(
-    folder: Path, record: Record, prompts: str, options: tuple[str, ...], words: list[str]
-) -> None:
-    result = record(folder, *options, prompts=prompts)
+    folder: Path, record: Record, tmp_path: Path, prompts: str, options: tuple[str, ...],
+    words: list[str],
+) -> None:  # fmt: skip
+    np.save(tmp_path / "narrow.npy", np.zeros((4, 3), np.float32))
+    np.save(tmp_path / "nan.npy", np.full((4, 32), np.nan, np.float32))
+    filled = [word.format(tmp=tmp_path, folder=folder) for word in options]
+    result = record(folder, *filled, prompts=prompts)
 
     assert isinstance(result.exception, InputError)
     assert all(word in str(result.exception) for word in words)
@@ -205,6 +279,15 @@ def test_a_line_that_is_no_prompt(folder: Path, record: Record, line: str) -> No
     ("files", "words"),
     [
         ({}, "no model can be loaded"),
+        ({"config.json": '{"model_type": "mixtral", "hidden_size": "x"}'}, "can be loaded"),
+        (
+            {
+                "config.json": '{"model_type": "mixtral", "vocab_size": 300, "hidden_size": 32, '
+                '"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, '
+                '"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 9}'
+            },
+            "does not run",
+        ),
         ({"config.json": "{"}, "no model can be loaded"),
         ({"config.json": '{"model_type": "nonesuch"}'}, "nonesuch"),
         (

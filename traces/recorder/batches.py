@@ -1,5 +1,6 @@
 """Which rows of a forward pass are tokens of which sequence, and where padding is."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ class Rows(NamedTuple):
     """The tokens of a forward pass of shape (batch, columns), padding left out.
 
     flat: index into batch x columns, batch-major, as hidden states are flattened (N,). sequence,
-    position, phase: as in a trace (N,). token_id: (N,), None if the pass was given embeddings.
+    position, phase: as in a trace (N,). token_id: (N,), -1 if the pass was given embeddings.
     last: the column of each sequence's last token (batch,). columns: tokens per sequence, padding
     included. starts: whether sequences begin here.
     """
@@ -27,7 +28,7 @@ class Rows(NamedTuple):
     sequence: npt.NDArray[np.int32]
     position: npt.NDArray[np.int32]
     phase: npt.NDArray[np.uint8]
-    token_id: npt.NDArray[np.int32] | None
+    token_id: npt.NDArray[np.int32]
     last: IntArray
     columns: int
     starts: bool
@@ -37,13 +38,17 @@ class Batches:
     """Follows batches of sequences from pass to pass.
 
     A pass without a past begins new sequences; one with a past goes on with those of the pass
-    before. After one of `stop_ids` a sequence is over, though its batch goes on: what is computed
-    for it is padding. sequences: how many there were, numbered from `first`.
+    before. sequences: how many there were, numbered from `first`.
+
+    stop_ids: after one of these a sequence is over, though its batch goes on, and what is computed
+    for it is padding. prompt_columns: up to which column prompts reach; None: a pass of one column
+    with a past decodes. Whoever knows them sets them.
     """
 
-    def __init__(self, stop_ids: list[int], first: int = 0) -> None:
+    def __init__(self, first: int = 0) -> None:
         self.sequences = first
-        self._stop_ids = np.array(stop_ids, np.int64)
+        self.stop_ids: Sequence[int] = ()
+        self.prompt_columns: int | None = None
         self._columns = 0
         self._lengths = np.zeros(0, np.int64)
         self._over = np.zeros(0, np.bool_)
@@ -69,8 +74,10 @@ class Batches:
             )
         real = np.ones(shape, np.bool_) if mask is None else mask[:, -columns:].copy()
         decoding = past > 0 and columns == 1
+        if self.prompt_columns is not None:
+            decoding = past >= self.prompt_columns
         if decoding and tokens is not None:
-            self._over |= np.isin(tokens[:, 0], self._stop_ids)
+            self._over |= np.isin(tokens, list(self.stop_ids)).any(axis=1)
         real &= ~self._over[:, None]
         position = self._lengths[:, None] + np.cumsum(real, axis=1) - 1
         self._lengths += real.sum(axis=1)
@@ -81,7 +88,7 @@ class Batches:
             sequence=np.broadcast_to(sequence, shape)[real].astype(np.int32),
             position=position[real].astype(np.int32),
             phase=np.full(int(real.sum()), DECODE if decoding else PREFILL, np.uint8),
-            token_id=None if tokens is None else tokens[real].astype(np.int32),
+            token_id=(np.full(shape, -1) if tokens is None else tokens)[real].astype(np.int32),
             last=columns - 1 - np.argmax(real[:, ::-1], axis=1),
             columns=columns,
             starts=past == 0,
@@ -101,12 +108,15 @@ def _tokens(given: dict[str, Any]) -> tuple[IntArray | None, tuple[int, int]]:
 
 def _mask(given: dict[str, Any]) -> Mask | None:
     mask = given.get("attention_mask")
-    if mask is None or not hasattr(mask, "dim"):
+    if mask is None:
         return None
-    if mask.dim() != 2:
+    if not hasattr(mask, "dim") or mask.dim() != 2:
+        what = (
+            f"shape {tuple(mask.shape)}" if hasattr(mask, "dim") else f"type {type(mask).__name__}"
+        )
         raise RecordError(
-            f"an attention_mask of shape {tuple(mask.shape)} does not say what is padding; legal "
-            f"is (batch, tokens)"
+            f"an attention_mask of {what} does not say what is padding; legal is a tensor (batch, "
+            f"tokens), as with the default cache"
         )
     padding: Mask = _array(mask) != 0
     return padding

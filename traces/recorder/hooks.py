@@ -82,9 +82,12 @@ class Recorder:
     candidates kept of each guess, and of the router's own choice; 3 x top_k unless given.
 
     guess_scores: keep the scores of guesses, too; those of the router always are. token_ids: keep
-    what was read. stop_ids: ids that end a sequence while others of its batch go on; those of the
-    model's generation_config unless given. first_sequence: number of the first sequence. on_rows:
-    called with the number of rows after every forward pass. meta: added to what the trace says.
+    what was read, -1 where that were embeddings. first_sequence: number of the first sequence.
+    on_rows: called with the number of rows after every forward pass. meta: added to what the trace
+    says.
+
+    What ends a sequence while others of its batch go on, and where prompts end, is known from calls
+    of the model's own `generate`, and only there.
 
     Raises RecordError if the model has no routers, is in training mode, or is not what its config
     says.
@@ -100,7 +103,6 @@ class Recorder:
         residuals: MeanInputs | None = None,
         guess_scores: bool = False,
         token_ids: bool = True,
-        stop_ids: list[int] | None = None,
         first_sequence: int = 0,
         on_rows: Callable[[int], None] | None = None,
         meta: dict[str, Any] | None = None,
@@ -125,7 +127,7 @@ class Recorder:
         self.predictors = [*self._gates, *self._corrected, *(["wrap1"] if ahead else [])]
         self._residuals = residuals
         self._width, self._guess_scores, self._token_ids = width, guess_scores, token_ids
-        self._batches = Batches(_stop_ids(model) if stop_ids is None else stop_ids, first_sequence)
+        self._batches = Batches(first_sequence)
         self._on_rows, self._meta = on_rows, meta or {}
         self._signature = inspect.signature(model.forward)
         self._pass: _Pass | None = None
@@ -183,12 +185,47 @@ class Recorder:
             if router.experts is not None:
                 ran = partial(self._ran, i)
                 handles.append(router.experts.register_forward_pre_hook(ran, with_kwargs=True))
+        if hasattr(self.model, "generate"):
+            self.model.generate = partial(self._generate, self.model.generate)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            self.model.__dict__.pop("generate", None)
             self._pass = self._tail = None
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Generate as the model does, and let the batches know what only this call says."""
+        batches = self._batches
+        configs = (kwargs, kwargs.get("generation_config"), self.model.generation_config)
+
+        def stated(name: str) -> Any:
+            values = (
+                c.get(name) if isinstance(c, dict) else getattr(c, name, None) for c in configs
+            )
+            return next((value for value in values if value is not None), None)
+
+        inputs = [*args[:1], *(kwargs.get(n) for n in ("inputs", "input_ids", "inputs_embeds"))]
+        prompt = next((value for value in inputs if value is not None), None)
+        together = 1 if prompt is None else len(prompt)
+        refused = {
+            "beams": (stated("num_beams") or 1) > 1,
+            "speculation": bool(stated("assistant_model") or stated("prompt_lookup_num_tokens")),
+            "use_cache=False": stated("use_cache") is False,
+            "stopping criteria for more than one sequence at once": together > 1
+            and bool(stated("stopping_criteria") or stated("stop_strings")),
+        }
+        for what, asked in refused.items():
+            if asked:
+                raise self._error(f"generating with {what} cannot be recorded")
+        stop = stated("eos_token_id")
+        batches.stop_ids = [] if stop is None else np.ravel(stop).tolist()
+        batches.prompt_columns = None if prompt is None else int(prompt.shape[1])
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            batches.stop_ids, batches.prompt_columns = (), None
 
     # Hooks return None: anything else would replace what a module takes or gives. A router that
     # is called outside of a pass of the model is none of ours.
@@ -216,13 +253,15 @@ class Recorder:
             x = x.detach().clone()  # some families go on to add to it in place
             choice = router.read(out, self._width, top_k)
             now.chosen[i] = choice.ids, choice.weights
-            if now.rows.starts:
-                again = router.apply(x, 0, top_k)
-                self._compare(i, "its own recorded input makes it choose", again.ids)
             now.put("router", i, choice.candidates, choice.scores)
-            for name, source in self._sources(i, now, x).items():
-                guess = router.apply(source, self._width, top_k)
-                now.put(name, i, guess.candidates, guess.scores if self._guess_scores else None)
+            try:
+                again = router.apply(x, 0, top_k) if now.rows.starts else choice
+                for name, source in self._sources(i, now, x).items():
+                    guess = router.apply(source, self._width, top_k)
+                    now.put(name, i, guess.candidates, guess.scores if self._guess_scores else None)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise self._error(f"{router.name} cannot be asked again: {error}") from error
+            self._compare(i, "its own recorded input makes it choose", again.ids)
             now.inputs[i] = x
             now.inputs.pop(i - max(len(self._gates), 1), None)
             now.sums[i] = now.own(x.flatten(0, -2)).sum(0, dtype=torch.float32)
@@ -232,6 +271,11 @@ class Recorder:
         import torch
 
         found = {n: now.inputs[i - d].to(x.device) for n, d in self._gates.items() if d <= i}
+        if self._residuals is not None and self._residuals.shape[1] != x.shape[-1]:
+            raise self._error(
+                f"residuals are {self._residuals.shape[1]} wide; the routers' inputs are "
+                f"{x.shape[-1]}"
+            )
         for name, distance in self._corrected.items():
             if self._residuals is not None and distance <= i:
                 growth = torch.from_numpy(self._residuals[i] - self._residuals[i - distance])
@@ -258,9 +302,10 @@ class Recorder:
                 f"{len(missed)} of {len(self.routers)} routers were not called in a forward pass, "
                 f"{missed[0].name} first"
             )
-        last = now.inputs[len(self.routers) - 1].flatten(0, -2)
+        last = now.inputs[len(self.routers) - 1]
         starts = np.arange(len(now.rows.last)) * now.rows.columns
-        self._tail = last[_indices(starts + now.rows.last, last)]
+        tail = last.flatten(0, -2)[_indices(starts + now.rows.last, last)]
+        self._tail = tail[:, None] if last.dim() > 2 else tail  # as routers are used to it
         sums = np.stack([now.sums[i].cpu().numpy() for i in range(len(self.routers))])
         self._input_sums = sums + (0.0 if self._input_sums is None else self._input_sums)
         self._input_tokens += len(now.rows.flat)
@@ -290,7 +335,7 @@ class Recorder:
             "position": rows.position,
             "phase": rows.phase,
         }
-        if rows.token_id is not None and self._token_ids:
+        if self._token_ids:
             arrays["token_id"] = rows.token_id
         for name in ["router", *self.predictors]:
             arrays[_CANDIDATES + name] = stacked(now.ids[name], width, MISSING, np.uint16)
@@ -313,10 +358,9 @@ class Recorder:
         )
 
     def _about(self) -> dict[str, Any]:
-        source = str(getattr(getattr(self.model, "config", None), "name_or_path", ""))
         versions = [f"{name} {importlib.metadata.version(name)}" for name in _ENGINE]
         about: dict[str, Any] = {
-            "model": Path(source).name or self.architecture,
+            "model": _name_of(self.model),
             "architecture": self.architecture,
             "num_experts": self.routers[0].width,
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
@@ -393,8 +437,7 @@ def _spec_of(model: "nn.Module", routers: list[Router]) -> ModelSpec | None:
     """
     config = getattr(model, "config", None)
     try:
-        name = Path(str(getattr(config, "name_or_path", ""))).name or type(model).__name__
-        spec = spec_from_config(config.to_dict() if config is not None else None, name)
+        spec = spec_from_config(None if config is None else config.to_dict(), _name_of(model))
     except (ModelError, AttributeError):
         return None
     layers = tuple(router.layer for router in routers)
@@ -407,8 +450,6 @@ def _spec_of(model: "nn.Module", routers: list[Router]) -> ModelSpec | None:
     return spec
 
 
-def _stop_ids(model: "nn.Module") -> list[int]:
-    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if stated is None:
-        return []
-    return [int(i) for i in stated] if isinstance(stated, (list, tuple)) else [int(stated)]
+def _name_of(model: "nn.Module") -> str:
+    source = str(getattr(getattr(model, "config", None), "name_or_path", ""))
+    return Path(source).resolve().name if source else type(model).__name__

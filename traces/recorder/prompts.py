@@ -1,7 +1,10 @@
 """Recording a model on a file of prompts, batch by batch, so that it can be interrupted."""
 
 import hashlib
+import inspect
 import json
+import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,15 +13,17 @@ import numpy as np
 
 from moesim.errors import RecordError
 from moesim.traces.recorder.hooks import MeanInputs, Recorder, record
+from moesim.traces.recorder.routers import find_routers
 from moesim.traces.recorder.spool import Spool
+from moesim.types import DECODE
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CALIBRATION_BATCH = 8
-
+_RESIDUALS = "residuals.npy"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -49,7 +54,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     the model's template), and perhaps `topic`. Raises RecordError naming the line that is neither.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise RecordError(f"{path}: {reason}") from None
@@ -69,7 +74,7 @@ def load_model(
     """Return a model in evaluation mode, its tokenizer if it has one, and notes for the user.
 
     source: a folder, a config.json, or a name on the Hugging Face hub. Without weights they are
-    random, by the seed. No code of the source's is run.
+    random, by the seed, and the model's name says so. No code of the source's is run.
 
     Raises RecordError for what cannot be loaded.
     """
@@ -85,22 +90,27 @@ def load_model(
     path, notes = Path(source), []
     folder = path.parent if path.is_file() else path
     local = path.exists()
+    if not local and not _HUB_NAME.fullmatch(source):
+        raise RecordError(f"{source}: no such folder, and no name on the Hugging Face hub")
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind = _class_of(config)
         if local and (path.is_file() or not any(any(folder.glob(w)) for w in _WEIGHTS)):
             torch.manual_seed(seed)
             model = kind._from_config(config, dtype=_dtype(torch, dtype))
+            config.name_or_path = f"{folder.resolve().name}, random weights"
             notes.append(f"{source} has no weights; they are random, by seed {seed}")
         else:
-            model = kind.from_pretrained(source, dtype=dtype)
+            model = kind.from_pretrained(source, dtype=dtype, trust_remote_code=False)
         tokenizer = None
         if not local or any((folder / name).exists() for name in _TOKENIZER):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder if local else source)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder if local else source, trust_remote_code=False
+            )
         else:
             notes.append(f"{source} has no tokenizer; the bytes of the prompts are their ids")
         model = model.to(device).eval()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # configurations raise what they like
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RecordError(f"{source}: no model can be loaded: {reason}") from error
     return model, tokenizer, notes
@@ -148,6 +158,7 @@ def measure_residuals(
     model: "nn.Module",
     prompts: Sequence[Sequence[int]],
     tokens: int,
+    batch: int = 1,
     on_rows: Callable[[int], None] | None = None,
 ) -> MeanInputs:
     """Return mean router inputs (layers, hidden) over the prompts, up to about so many tokens."""
@@ -156,8 +167,8 @@ def measure_residuals(
         total += len(prompts[chosen])
         chosen += 1
     with record(model, ahead=0, token_ids=False, on_rows=on_rows) as first:
-        for start in range(0, chosen, CALIBRATION_BATCH):
-            _forward(model, prompts[start : min(start + CALIBRATION_BATCH, chosen)], Run(0))
+        for start in range(0, chosen, batch):
+            _forward(model, prompts[start : min(start + batch, chosen)], Run(generate=0))
     return first.mean_inputs
 
 
@@ -167,27 +178,35 @@ def record_prompts(
     output: Path,
     run: Run,
     *,
+    residuals: MeanInputs | None = None,
     meta: dict[str, Any] | None = None,
     on_rows: Callable[[int], None] | None = None,
     **options: Any,
-) -> None:
-    """Generate from every prompt, and write the trace; options are those of `Recorder`.
+) -> tuple[int, int]:
+    """Generate from every prompt, write the trace, and return its prefill and decode tokens.
 
-    Finished batches are kept in `<output>.partial` until all are: the same call goes on from there
-    after a crash. Interrupted, it writes a trace of the finished ones, and keeps the folder.
+    Options are those of `Recorder`. Finished batches are kept in `<output>.partial` until all are,
+    and so are the residuals: the same call goes on from there after a crash. Interrupted, it writes
+    a trace of the finished ones, and keeps the folder.
 
     Raises RecordError as `record` does, and for a folder of another recording.
     """
     meta = {**(meta or {}), "sampler": run._asdict()}
+    routers = [p for router in find_routers(model) for p in router.module.parameters()]
     identity = {
         "model": _digest(str(getattr(model, "config", ""))),
+        "weights": _digest(b"".join(p.detach().float().cpu().numpy().tobytes() for p in routers)),
         "prompts": _digest(json.dumps([list(map(int, ids)) for ids in prompts])),
-        "run": list(run),
-        "options": _digest(repr(sorted((n, _plain(v)) for n, v in options.items()))),
+        **run._asdict(),
+        **options,
+        "residuals": meta.get("residuals"),
     }
-    folder = output.with_name(f"{output.name}.partial")
+    options["residuals"] = residuals
+    folder = _folder(output)
     try:
         with Spool(folder, identity) as spool:
+            if residuals is not None:
+                np.save(folder / _RESIDUALS, residuals, allow_pickle=False)
             done = int(spool.notes.get("prompts", 0))
             # A batch's sequences are in order of its prompts, so that they are numbered alike.
             recorder = Recorder(
@@ -201,62 +220,109 @@ def record_prompts(
                     _forward(model, batch, run._replace(seed=run.seed + start))
                     spool.commit({"prompts": start + len(batch)})
             recorder.finish(output)
+            decoded = int((spool.arrays()["phase"] == DECODE).sum())
+            counts = spool.rows - decoded, decoded
             spool.discard()
+    except RecordError:
+        if not recorded_prompts(output):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     except KeyboardInterrupt:
         with Spool(folder, identity) as spool:
             if spool.rows:
                 finished = {**meta, "prompts_recorded": spool.notes["prompts"]}
                 Recorder(model, spool, meta=finished, **options).finish(output)
+            else:
+                spool.discard()
         raise
+    return counts
 
 
 def recorded_prompts(output: Path) -> int:
     """Return how many prompts an interrupted recording to this file has finished."""
     try:
-        state = json.loads((output.with_name(f"{output.name}.partial") / "state.json").read_text())
-        return int(state["notes"]["prompts"])
+        return int(json.loads((_folder(output) / "state.json").read_text())["notes"]["prompts"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 
 
+def kept_residuals(output: Path) -> MeanInputs | None:
+    """Return the residuals of an interrupted recording to this file, if it has any."""
+    path = _folder(output) / _RESIDUALS
+    return read_residuals(path) if recorded_prompts(output) and path.exists() else None
+
+
+def read_residuals(path: Path) -> MeanInputs:
+    """Return mean router inputs (layers, hidden); raise RecordError if the .npy holds none."""
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise RecordError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if (
+        not isinstance(found, np.ndarray)
+        or found.dtype != np.float32
+        or found.ndim != 2
+        or not np.isfinite(found).all()
+    ):
+        raise RecordError(f"{path}: must be one array (layers, hidden) of finite float32")
+    return found
+
+
+def _folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
 def _forward(model: "nn.Module", prompts: Sequence[Sequence[int]], run: Run) -> None:
-    """Read the prompts, padded on the left, and generate from them."""
+    """Read the prompts, padded on the left, and generate from them.
+
+    Nothing of the model's own generation_config is used but its padding and stop ids: it may ask
+    for beams, penalties and cut-offs. Raises RecordError for a model that cannot be run.
+    """
     import torch
     import transformers
 
     longest = max(map(len, prompts))
-    pad, stop = _special_ids(model)
+    own = getattr(model, "generation_config", None)
+    pad, stop = _special_ids(own)
     ids = torch.full((len(prompts), longest), pad)
     mask = torch.zeros(ids.shape, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
         mask[row, longest - len(prompt) :] = 1
     device = next(model.parameters()).device
-    inputs: dict[str, Tensor] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    with torch.no_grad():
-        if run.generate == 0:
-            model(**inputs, use_cache=False)
-            return
-        sampling = {"temperature": run.temperature, "top_k": 0} if run.temperature else {}
-        torch.manual_seed(run.seed)
-        model.generate(
-            **inputs,
-            generation_config=transformers.GenerationConfig(
-                max_new_tokens=run.generate,
-                do_sample=bool(run.temperature),
-                pad_token_id=pad,
-                eos_token_id=stop,
-                **sampling,
-            ),
-        )
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    if run.generate == 0 and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    sampling = {"temperature": run.temperature, "top_k": 0} if run.temperature else {}
+    try:
+        with torch.no_grad():
+            if run.generate == 0:
+                model(**inputs, use_cache=False)
+                return
+            torch.manual_seed(run.seed)
+            model.generation_config = transformers.GenerationConfig()
+            model.generate(
+                **inputs,
+                generation_config=transformers.GenerationConfig(
+                    max_new_tokens=run.generate,
+                    do_sample=bool(run.temperature),
+                    pad_token_id=pad,
+                    eos_token_id=stop,
+                    **sampling,
+                ),
+            )
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecordError(f"{type(model).__name__} does not run: {reason}") from error
+    finally:
+        model.generation_config = own
 
 
-def _special_ids(model: "nn.Module") -> tuple[int, list[int] | None]:
-    """Return the padding id and the stop ids of a model."""
-    stated = getattr(model, "generation_config", None)
-    stop = getattr(stated, "eos_token_id", None)
+def _special_ids(config: Any) -> tuple[int, list[int] | None]:
+    """Return the padding id and the stop ids of a generation_config."""
+    stop = getattr(config, "eos_token_id", None)
     stop = [stop] if isinstance(stop, int) else stop
-    pad = getattr(stated, "pad_token_id", None)
+    pad = getattr(config, "pad_token_id", None)
     return int(pad) if pad is not None else int(stop[0]) if stop else 0, stop
 
 
@@ -298,10 +364,6 @@ def _class_of(config: Any) -> Any:
 
 def _dtype(torch: Any, name: str) -> Any:
     return torch.float32 if name == "auto" else getattr(torch, name)
-
-
-def _plain(value: Any) -> Any:
-    return _digest(value.tobytes()) if isinstance(value, np.ndarray) else value
 
 
 def _digest(content: str | bytes) -> str:

@@ -36,6 +36,7 @@ class Spool:
             if folder.exists() and any(folder.iterdir()):
                 raise RecordError(f"{folder}: is no unfinished recording; remove it or use another")
             folder.mkdir(exist_ok=True)
+            self.commit({})
 
     def __enter__(self) -> "Spool":
         return self

@@ -1,5 +1,6 @@
 """`moesim record`: what the routers of a real model decide."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of the sampling; 0 takes the most likely token.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -102,13 +103,13 @@ def command(
 
     from moesim.errors import RecordError
     from moesim.traces.recorder import prompts as recording
-    from moesim.traces.recorder.hooks import MeanInputs
 
-    for path in filter(None, (output, save_residuals)):
-        check_output(path)
+    check_files((output, save_residuals), (prompts, calibration_prompts, residuals), Path(model))
+    if not math.isfinite(temperature):
+        raise RecordError(f"--temperature is {temperature}; legal are numbers from 0")
     texts = recording.read_prompts(prompts)
     others = recording.read_prompts(calibration_prompts) if calibration_prompts else None
-    known: MeanInputs | None = read_residuals(residuals) if residuals is not None else None
+    known = recording.read_residuals(residuals) if residuals is not None else None
     net, tokenizer, notes = recording.load_model(model, dtype=dtype, device=device, seed=seed)
     for line in notes:
         click.echo(f"note: {line}", err=True)
@@ -122,20 +123,22 @@ def command(
     if done:
         click.echo(f"note: going on after {done} of {len(ids)} prompts", err=True)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        if known is None and calibrate and ahead:
+        if residuals is not None:
+            meta["residuals"] = f"from {residuals.name}"
+        elif calibrate and ahead:
+            meta["residuals"] = f"{calibrate} tokens of {(calibration_prompts or prompts).name}"
+            known = recording.kept_residuals(output)
+        if known is None and "residuals" in meta:
             source = ids if others is None else recording.encode(others, net, tokenizer, truncate)
             on_rows = counter(progress, "calibrating", min(calibrate, sum(map(len, source))))
-            known = recording.measure_residuals(net, source, calibrate, on_rows)
-            meta["residuals"] = f"of {(calibration_prompts or prompts).name}"
-        elif known is not None and residuals is not None:
-            meta["residuals"] = f"from {residuals.name}"
+            known = recording.measure_residuals(net, source, calibrate, batch, on_rows)
         if save_residuals is not None:
             if known is None:
                 raise RecordError("--save-residuals: there are none without --calibrate")
             write_residuals(known, save_residuals)
         tokens = sum(map(len, ids)) + len(ids) * max(generate - 1, 0)
         try:
-            recording.record_prompts(
+            read, made = recording.record_prompts(
                 net, ids, output, run, meta=meta, on_rows=counter(progress, "recording", tokens),
                 ahead=ahead, width=width, residuals=known, guess_scores=guess_scores,
                 token_ids=not no_token_ids,
@@ -149,37 +152,34 @@ def command(
                 err=True,
             )
             raise
-    from moesim.traces.format import read_trace
-
-    trace = read_trace(output)
-    decode = int((trace.phase == 1).sum())
     click.echo(
-        f"{output}: {trace.tokens} tokens ({trace.tokens - decode} prefill, {decode} decode) in "
-        f"{len(ids)} sequences; {trace.layers} layers of {trace.n_experts} experts, "
-        f"top-{trace.top_k}; guesses: {', '.join(n for n in trace.candidates if n != 'router')}; "
-        f"{output.stat().st_size} bytes"
+        f"{output}: {read + made} tokens ({read} prefill, {made} decode) in {len(ids)} sequences, "
+        f"{output.stat().st_size} bytes; `moesim trace info {output}` says more"
     )
+
+
+def check_files(
+    outputs: tuple[Path | None, ...], inputs: tuple[Path | None, ...], model: Path
+) -> None:
+    """Raise InputError if an output cannot be written, or would replace anything that is read."""
+    from moesim.errors import InputError
+
+    written = [path for path in outputs if path is not None]
+    for path in written:
+        check_output(path)
+    taken = {path.resolve() for path in written}
+    if len(taken) < len(written) or taken & {path.resolve() for path in inputs if path is not None}:
+        raise InputError("what is written must be other files than what is read")
+    for path in taken:
+        ours = path.suffix in (".npz", ".npy")
+        if path.exists() and not ours and {model.resolve()} & {path, *path.parents}:
+            raise InputError(f"{path}: is part of the model")
 
 
 def counter(progress: "Progress", what: str, total: int) -> Any:
     """Return a function that shows how many rows of a total there are."""
     task = progress.add_task(what, total=total)
     return lambda rows: progress.update(task, completed=rows)
-
-
-def read_residuals(path: Path) -> Any:
-    """Return mean router inputs (layers, hidden); raise RecordError if the .npy holds none."""
-    import numpy as np
-
-    from moesim.errors import RecordError
-
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise RecordError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(found, np.ndarray) or found.dtype != np.float32 or found.ndim != 2:
-        raise RecordError(f"{path}: must be one array (layers, hidden) of float32")
-    return found
 
 
 def write_residuals(mean_inputs: Any, path: Path) -> None:

@@ -20,7 +20,8 @@ def ids(*rows: list[int]) -> torch.Tensor:
 
 
 def test_padding_and_stopped_sequences_have_no_rows() -> None:
-    batches = Batches(stop_ids=[9])
+    batches = Batches()
+    batches.stop_ids = [9]
     first = batches.follow({"input_ids": ids([0, 5], [6, 7]), "attention_mask": mask("01", "11")})
     second = batches.follow({"input_ids": ids([9], [4]), "attention_mask": mask("011", "111")})
     third = batches.follow({"input_ids": ids([0], [9]), "attention_mask": mask("0111", "1111")})
@@ -30,7 +31,6 @@ def test_padding_and_stopped_sequences_have_no_rows() -> None:
     assert first.sequence.tolist() == [0, 1, 1]
     assert first.position.tolist() == [0, 0, 1]
     assert first.phase.tolist() == [PREFILL] * 3
-    assert first.token_id is not None
     assert first.token_id.tolist() == [5, 6, 7]
     assert first.last.tolist() == [1, 1]
     assert (second.flat.tolist(), second.sequence.tolist(), second.position.tolist()) == (
@@ -42,7 +42,7 @@ def test_padding_and_stopped_sequences_have_no_rows() -> None:
 
 
 def test_padding_on_the_right_and_a_prompt_in_two_parts() -> None:
-    batches = Batches(stop_ids=[])
+    batches = Batches()
     first = batches.follow({"input_ids": ids([5, 0], [6, 7]), "attention_mask": mask("10", "11")})
     rest = ids([8, 9], [1, 2])
     second = batches.follow({"input_ids": rest, "attention_mask": mask("1011", "1111")})
@@ -50,6 +50,17 @@ def test_padding_on_the_right_and_a_prompt_in_two_parts() -> None:
     assert first.last.tolist() == [0, 1]
     assert second.position.tolist() == [1, 2, 2, 3]
     assert second.phase.tolist() == [PREFILL] * 4
+
+
+def test_the_last_part_of_a_prompt_may_be_one_token() -> None:
+    batches = Batches()
+    batches.prompt_columns = 3
+    parts = [batches.follow({"input_ids": ids([1, 2]), "attention_mask": mask("11")})]
+    parts += [
+        batches.follow({"input_ids": ids([3]), "attention_mask": mask("1" * n)}) for n in (3, 4)
+    ]
+
+    assert [part.phase.tolist() for part in parts] == [[PREFILL] * 2, [PREFILL], [DECODE]]
 
 
 @given(
@@ -64,7 +75,7 @@ def test_every_token_is_counted_once(lengths: list[int], decode: int, left: bool
     for row, length in zip(given_mask, lengths, strict=True):
         row[longest - length :] = 1 if left else 0
         row[:length] = row[:length] if left else 1
-    batches = Batches(stop_ids=[])
+    batches = Batches()
     seen: dict[int, list[int]] = {i: [] for i in range(len(lengths))}
 
     for step in range(decode + 1):
@@ -87,9 +98,10 @@ def test_every_token_is_counted_once(lengths: list[int], decode: int, left: bool
     [
         ({}, "without input_ids"),
         ({"input_ids": ids([1]), "attention_mask": torch.ones(1, 1, 1, 1)}, "attention_mask of"),
+        ({"input_ids": ids([1]), "attention_mask": {"full": None}}, "attention_mask of type dict"),
         ({"input_ids": ids([1]), "attention_mask": torch.ones(1, 4)}, "3 tokens before it"),
     ],
 )
 def test_what_cannot_be_followed(given: dict[str, torch.Tensor], words: str) -> None:
     with pytest.raises(RecordError, match=words):
-        Batches([]).follow(given)
+        Batches().follow(given)

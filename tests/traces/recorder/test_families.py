@@ -1,5 +1,6 @@
 """What is recorded of every family, against the family's own rule and a model without hooks."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -161,3 +162,64 @@ def test_the_trace_says_what_model_it_is_of(family: str) -> None:
     assert trace.n_experts == spec.experts + spec.weightless_experts
     assert trace.top_k == spec.top_k
     assert spec.model_type == family
+
+
+def test_what_ends_a_sequence_is_what_generate_was_told() -> None:
+    model = tiny("mixtral")
+    ids = torch.tensor([PROMPTS[0][:4], PROMPTS[2][:4]])
+    mask = torch.ones_like(ids)
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    stop = int(made[0, 6])
+    with record(model) as recorder:
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=stop
+        )
+    trace = recorder.trace()
+
+    assert trace.token_id is not None
+    for sequence, row in enumerate(made.tolist()):
+        until = row.index(stop, 4) if stop in row[4:] else len(row) - 1
+        assert trace.token_id[trace.sequence == sequence].tolist() == row[:until]
+
+
+def test_a_loop_over_tokens_is_no_generation() -> None:
+    model, tokens = tiny("mixtral"), [7, 3, 100, 9, 41]
+    model.generation_config.eos_token_id = 9
+    known = inspect.signature(model.forward).parameters  # the argument has had two names
+    name = "cache" if "cache" in known else "past_key_values"
+    with torch.no_grad(), record(model) as recorder:
+        cache = None
+        for token in tokens:
+            cache = model(torch.tensor([[token]]), **{name: cache}).past_key_values
+    trace = recorder.trace()
+
+    assert trace.token_id is not None
+    assert trace.token_id.tolist() == tokens
+    assert trace.phase.tolist() == [PREFILL] + [DECODE] * 4
+
+
+def test_a_prompt_in_chunks_is_prefill() -> None:
+    model, ids = tiny("mixtral"), torch.tensor([PROMPTS[2]])
+    with record(model) as recorder:
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, prefill_chunk_size=4
+        )
+
+    assert recorder.trace().phase.tolist() == [PREFILL] * 5 + [DECODE] * 2
+
+
+def test_embeddings_have_no_token_ids() -> None:
+    model, ids = tiny("mixtral"), torch.tensor([PROMPTS[0]])
+    with record(model) as recorder:
+        generate(model, PROMPTS[0])
+    plain = recorder.trace()
+    with record(model) as recorder, torch.no_grad():
+        model.generate(
+            inputs_embeds=model.get_input_embeddings()(ids), do_sample=False,
+            attention_mask=torch.ones_like(ids), max_new_tokens=NEW,
+        )  # fmt: skip
+    trace = recorder.trace()
+
+    assert (trace.experts == plain.experts).all()
+    assert trace.token_id is not None
+    assert (trace.token_id[: len(PROMPTS[0])] == -1).all()

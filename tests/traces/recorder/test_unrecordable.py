@@ -191,5 +191,22 @@ def test_options_out_of_range(options: dict[str, int]) -> None:
     assert "legal are" in refusal(Model(), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_beams": 3}, "beams"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"prompt_lookup_num_tokens": 2}, "speculation"),
+        ({"stopping_criteria": [lambda ids, scores: False]}, "stopping criteria"),
+    ],
+)
+def test_generation_that_cannot_be_followed(options: dict[str, Any], words: str) -> None:
+    model = tiny("mixtral")
+
+    with pytest.raises(RecordError, match=words), record(model):
+        model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, **options)
+    assert "generate" not in vars(model)
+
+
 def test_residuals_of_another_shape() -> None:
     assert "(2, hidden)" in refusal(Model(), residuals=np.zeros((3, HIDDEN), np.float32))
