@@ -1,5 +1,6 @@
 """The five top-level folders are subpackages of moesim, and every build ships them whole."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -78,3 +79,11 @@ print(*sys.modules)
 
     assert {f"moesim.{name}" for name in FOLDERS} <= loaded
     assert loaded & OPTIONAL == set()
+
+
+def test_no_test_is_skipped_for_want_of_a_package() -> None:
+    """What the tests need is in the group `test`; without it they fail."""
+    here = Path(__file__)
+    for path in here.parent.rglob("test_*.py"):
+        text = path.read_text()
+        assert path == here or not re.search(r"importorskip|except ImportError", text), path

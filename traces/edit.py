@@ -213,7 +213,19 @@ def _merged(traces: Sequence[Trace], names: Sequence[str]) -> dict[str, Any]:
         for trace, name in zip(traces, names, strict=True)
     ]
     merged = {**common, "num_experts": traces[0].n_experts, "sources": sources}
+    merged.pop("topics", None)  # by number of the sequence, which is new
+    if any("topics" in meta for meta in metas):
+        merged["topics"] = [topic for trace in traces for topic in _topics(trace)]
     # Ranks mean nothing where one trace lacks them.
     if any(meta.get("has_rank_order") is False for meta in metas):
         merged["has_rank_order"] = False
     return merged
+
+
+def _topics(trace: Trace) -> list[Any]:
+    """Return the topic of each sequence, in order of first appearance."""
+    stated = trace.meta.get("topics")
+    known = stated if isinstance(stated, list) else []
+    rows, starts = rows_by_sequence(trace)
+    numbers = trace.sequence[rows[starts[:-1]]].tolist()
+    return [known[number] if number < len(known) else None for number in numbers]

@@ -177,7 +177,8 @@ def export_table(trace: Trace, path: Path, kind: str) -> int:
     """Write one row per token, layer and rank, as `csv` or `parquet`; return how many there are.
 
     Columns: row, sequence, position, phase (prefill or decode), layer (the model's own number),
-    rank, expert, weight (empty where not recorded). What is missing has no row.
+    rank (empty where experts are in no order), expert, weight (empty where not recorded). What is
+    missing has no row.
 
     Raises InputError without pyarrow.
     """
@@ -218,6 +219,7 @@ def _batches(trace: Trace) -> Iterator[Any]:
     import pyarrow as pa
 
     phases = pa.array(PHASES)
+    ordered = trace.meta.get("has_rank_order") is not False
     step = _rows_at_once(trace.experts[0].size)
     for first in range(0, trace.tokens, step):
         ids = trace.experts[first : first + step]
@@ -230,7 +232,7 @@ def _batches(trace: Trace) -> Iterator[Any]:
             trace.position[row],
             phases.take(pa.array(trace.phase[row])),
             trace.layer_ids[layer],
-            rank.astype(np.int32),
+            rank.astype(np.int32) if ordered else pa.nulls(len(row), pa.int32()),
             ids[token, layer, rank].astype(np.int32),
             pa.nulls(len(row), pa.float32()) if weight is None else weight.astype(np.float32),
         ]

@@ -97,7 +97,7 @@ def fit(trace: Trace) -> Fitted:
     opening = _opening(sample, numbers)
     if opening is not None:  # these tokens are alike for a reason of their own
         later = np.flatnonzero(np.diff(numbers, prepend=-1) == 0)
-        sample, numbers = _take(sample, later), numbers[later]
+        sample, numbers = sample.at(later), numbers[later]
     lags, pairs = _lags(sample)
     again = np.nan_to_num(_reuse(sample, lags))  # NaN: nothing was recorded so far apart
     typical = np.flatnonzero(pairs >= min(pairs[0], sample.tokens / 2))[-1]
@@ -146,7 +146,7 @@ def fit(trace: Trace) -> Fitted:
         meta={
             **{key: trace.meta[key] for key in kept if key in trace.meta},
             "num_experts": trace.n_experts,
-            "has_rank_order": True,
+            "has_rank_order": trace.meta.get("has_rank_order") is not False,
             "importer": "synthetic",
             "generator": "gaussian-logits",
             "like": trace.digest(),
@@ -266,20 +266,7 @@ def _layout(
 def _first(trace: Trace) -> Trace:
     """Return a trace sequence by sequence, cut where it becomes too much to look at."""
     most = max(1, MOST_CELLS // (trace.layers * trace.n_experts))
-    return _take(trace, rows_by_sequence(trace)[0][:most])
-
-
-def _take(trace: Trace, rows: IntArray) -> Trace:
-    return Trace(
-        experts=trace.experts[rows],
-        weights=None if trace.weights is None else trace.weights[rows],
-        layer_ids=trace.layer_ids,
-        phase=trace.phase[rows],
-        sequence=trace.sequence[rows],
-        position=trace.position[rows],
-        candidates={name: ids[rows] for name, ids in trace.candidates.items()},
-        meta={**trace.meta, "num_experts": trace.n_experts},
-    )
+    return trace.at(rows_by_sequence(trace)[0][:most])
 
 
 def _numbers(sample: Trace) -> IntArray:
@@ -326,7 +313,7 @@ def _opening(sample: Trace, numbers: IntArray) -> Singles | None:
     count = len(first)
     if count < _LEAST_OPENINGS or count * _LEAST_OPENINGS > sample.tokens:
         return None
-    counts = popularity(_take(sample, first))
+    counts = popularity(sample.at(first))
     agree = (counts * (counts - 1)).sum(axis=1) / (count * (count - 1) * sample.top_k)
     if agree.mean() < (1 + skew(sample)["chance"].mean()) / 2:
         return None

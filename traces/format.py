@@ -91,6 +91,21 @@ class Trace(msgspec.Struct, frozen=True, eq=False, kw_only=True):
         ids = self.experts[self.experts != MISSING]
         return int(ids.max()) + 1 if ids.size else 1
 
+    def at(self, rows: IntArray | npt.NDArray[np.bool_]) -> "Trace":
+        """Return the trace of some rows, which keeps the number of experts."""
+        return msgspec.structs.replace(
+            self,
+            experts=self.experts[rows],
+            weights=None if self.weights is None else self.weights[rows],
+            phase=self.phase[rows],
+            sequence=self.sequence[rows],
+            position=self.position[rows],
+            token_id=None if self.token_id is None else self.token_id[rows],
+            candidates={name: ids[rows] for name, ids in self.candidates.items()},
+            candidate_scores={name: s[rows] for name, s in self.candidate_scores.items()},
+            meta={**self.meta, "num_experts": self.n_experts},
+        )
+
     def digest(self) -> str:
         """Return 16 hex digits that name the content, for a run's identity."""
         sha = hashlib.sha256()

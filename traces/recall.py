@@ -8,7 +8,6 @@ learn from the other of FOLDS groups of sequences.
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -156,18 +155,7 @@ def _first(trace: Trace) -> Trace:
     rows, _ = rows_by_sequence(trace)
     rows = rows[np.cumsum(_judged(trace)[rows]) <= MOST_TOKENS]
     rows = rows[: max(1, MOST_CELLS // (trace.layers * trace.n_experts))]
-    return msgspec.structs.replace(
-        trace,
-        experts=trace.experts[rows],
-        phase=trace.phase[rows],
-        sequence=trace.sequence[rows],
-        position=trace.position[rows],
-        weights=None,
-        token_id=None,
-        candidates={name: ids[rows] for name, ids in trace.candidates.items()},
-        candidate_scores={},
-        meta={**trace.meta, "num_experts": trace.n_experts},
-    )
+    return trace.at(rows)
 
 
 def _mean(shares: FloatArray) -> float | None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import TraceError
-from moesim.traces.format import Ids, Trace, rows_by_sequence
+from moesim.traces.format import MISSING, Trace, rows_by_sequence
 from moesim.traces.recall import recalls
 from moesim.types import DECODE, FloatArray, IntArray
 
@@ -83,9 +83,9 @@ def active(trace: Trace, spans: Sequence[int]) -> FloatArray:
     """Return the distinct experts of `span` consecutive tokens (spans, layers), NaN if too long."""
     distinct = np.full((len(spans), trace.layers), np.nan)
     for i, span in enumerate(spans):
-        counts = _window_counts(trace, span)
-        if len(counts):
-            distinct[i] = (counts > 0).sum(axis=2).mean(axis=0)
+        counts, whole = _window_counts(trace, span)
+        found = ((counts > 0).sum(axis=2) * whole).sum(axis=0)
+        np.divide(found, whole.sum(axis=0), out=distinct[i], where=whole.any(axis=0))
     return distinct
 
 
@@ -95,17 +95,15 @@ def srp(trace: Trace, spans: Sequence[int]) -> FloatArray:
     The best F1, over thresholds, of guessing for a whole window of `span` tokens the experts that
     it uses at least so often: 1 if all its tokens choose the same.
     """
-    best = np.empty((len(spans), trace.layers))
+    best = np.full((len(spans), trace.layers), np.nan)
     for i, span in enumerate(spans):
-        counts = _window_counts(trace, span)
-        for layer in range(trace.layers):
-            of_count = np.bincount(counts[:, layer].ravel(), minlength=span + 1)
+        counts, whole = _window_counts(trace, span)
+        for layer in np.flatnonzero(whole.any(axis=0)):
+            of_count = np.bincount(counts[whole[:, layer], layer].ravel(), minlength=span + 1)
             uses = of_count * np.arange(span + 1)
             hit = np.cumsum(uses[:0:-1])  # thresholds span, span - 1, ..., 1
             guessed = span * np.cumsum(of_count[:0:-1])
             best[i, layer] = (2 * hit / np.maximum(guessed + uses.sum(), 1)).max()
-        if not len(counts):
-            best[i] = np.nan
     return best
 
 
@@ -151,7 +149,9 @@ def lru_hits(trace: Trace, sizes: Sequence[int], *, protect: bool = True) -> Flo
         newer[(used < 0) | (chosen == experts)] = experts
         np.add.at(depths, (layer, newer), 1)
         last[layer, chosen] = token * top_k + ranks
-    return _ratios(np.cumsum(depths, axis=1)[:, [min(s, experts) - 1 for s in sizes]].T, ids)
+    return _ratios(
+        np.cumsum(depths, axis=1)[:, [min(s, experts) - 1 for s in sizes]].T, ids, experts
+    )
 
 
 def belady_hits(trace: Trace, sizes: Sequence[int]) -> FloatArray:
@@ -185,7 +185,7 @@ def belady_hits(trace: Trace, sizes: Sequence[int]) -> FloatArray:
                 keys[keys >= border] = absent
             keys[layer, chosen] = later
             keys[:, experts] = absent
-    return _ratios(hits, ids)
+    return _ratios(hits, ids, experts)
 
 
 def summary(trace: Trace) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def summary(trace: Trace) -> dict[str, Any]:
     """
     most = max(1, MOST_CELLS // (trace.layers * trace.n_experts))
     examined = min(trace.tokens, MOST_TOKENS, most)
-    part = _first(trace, examined)
+    part = trace.at(np.arange(examined))
     _, starts = rows_by_sequence(trace)
     lengths = np.diff(starts)
     decode = int((trace.phase == DECODE).sum())
@@ -219,6 +219,8 @@ def summary(trace: Trace) -> dict[str, Any]:
         "layers": trace.layers,
         "experts": trace.n_experts,
         "top_k": trace.top_k,
+        "missing": round(float((trace.experts == MISSING).mean()), 4),
+        "rank_order": trace.meta.get("has_rank_order") is not False,
         "weights": trace.weights is not None,
         "predictors": sorted(trace.candidates),
         "recall": recalls(trace),
@@ -254,10 +256,11 @@ def _used(trace: Trace) -> tuple[Mask, npt.NDArray[np.int32]]:
     return used[:, :, :experts], trace.sequence[rows]
 
 
-def _window_counts(trace: Trace, span: int) -> npt.NDArray[np.int32]:
+def _window_counts(trace: Trace, span: int) -> tuple[npt.NDArray[np.int32], Mask]:
     """Return how many tokens of each window of `span` use each expert (windows, layers, experts).
 
-    Windows follow one another inside a sequence; what remains at its end is left out.
+    And where all tokens of a window are known (windows, layers). Windows follow one another inside
+    a sequence; what remains at its end is left out.
     """
     rows, starts = rows_by_sequence(trace)
     experts = trace.n_experts
@@ -267,22 +270,13 @@ def _window_counts(trace: Trace, span: int) -> npt.NDArray[np.int32]:
         for first in range(a, b - span + 1, span)
     ]
     counts = np.zeros((len(windows), trace.layers, experts + 1), np.int32)
+    whole = np.ones((len(windows), trace.layers), np.bool_)
     layer = np.arange(trace.layers)[:, None]
-    for window, token_rows in zip(counts, windows, strict=True):
+    for i, token_rows in enumerate(windows):
         known = np.minimum(trace.experts[token_rows], experts).astype(np.int64)
-        np.add.at(window, (layer, known), 1)
-    return counts[:, :, :experts]
-
-
-def _first(trace: Trace, tokens: int) -> Trace:
-    return Trace(
-        experts=trace.experts[:tokens],
-        layer_ids=trace.layer_ids,
-        phase=trace.phase[:tokens],
-        sequence=trace.sequence[:tokens],
-        position=trace.position[:tokens],
-        meta={**trace.meta, "num_experts": trace.n_experts},
-    )
+        np.add.at(counts[i], (layer, known), 1)
+        whole[i] = ~(known == experts).all(axis=2).any(axis=0)
+    return counts[:, :, :experts], whole
 
 
 def _check_sizes(trace: Trace, sizes: Sequence[int]) -> None:
@@ -294,9 +288,11 @@ def _check_sizes(trace: Trace, sizes: Sequence[int]) -> None:
             )
 
 
-def _ratios(hits: IntArray, ids: IntArray | Ids) -> FloatArray:
-    asked = np.prod(ids.shape) / ids.shape[1]
-    ratios: FloatArray = hits / asked
+def _ratios(hits: IntArray, ids: IntArray, experts: int) -> FloatArray:
+    """Return hits (sizes, layers) over the known ids of each layer; NaN where there are none."""
+    asked = (ids < experts).sum(axis=(0, 2))
+    ratios = np.full(hits.shape, np.nan)
+    np.divide(hits, asked, out=ratios, where=asked > 0)
     return ratios
 
 

@@ -76,13 +76,16 @@ def test_load_is_balanced_in_all_and_skewed_by_topic(trace: Trace) -> None:
 
 
 def test_guesses_are_good_and_get_worse_with_distance(trace: Trace) -> None:
-    """About .84 / .76 / .68 of a layer's two experts, one, two and three layers ahead."""
-    gates = [recall(trace, f"gate{d}", 2, d) for d in (1, 2, 3)]
+    """Published for such a model .84 / .76 / .68; here .80 / .73 / .65.
 
-    assert gates[0][1:].mean() == pytest.approx(0.84, abs=0.04)
-    assert gates[1][1:].mean() == pytest.approx(0.76, abs=0.05)
-    assert gates[2][1:].mean() == pytest.approx(0.68, abs=0.06)
-    assert recall(trace, "gate1", 6, 1)[1:].mean() > 0.95
+    What is lacking is lacking in the first pair of layers: .48 against .63. Deeper ones agree.
+    """
+    gates = [recall(trace, f"gate{d}", 2, d) for d in (1, 2, 3)]
+    means = [gate.mean() for gate in gates]
+
+    assert means == pytest.approx([0.82, 0.74, 0.66], abs=0.04)
+    assert gates[0][1:].mean() == pytest.approx(0.87, abs=0.04)
+    assert recall(trace, "gate1", 6, 1).mean() > 0.95
 
 
 def test_the_first_pair_of_layers_is_the_hardest(trace: Trace) -> None:

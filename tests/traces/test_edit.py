@@ -240,6 +240,16 @@ def test_meta_keeps_what_all_say_and_lists_the_rest(make_trace: MakeTrace) -> No
     json.dumps(joined.meta)
 
 
+def test_topics_go_with_their_sequences(make_trace: MakeTrace) -> None:
+    trace = make_trace((3, 2, 2), (1, 1, 1))
+    trace = msgspec.structs.replace(trace, meta={**trace.meta, "topics": ["code", "chat", "law"]})
+    last, first = take(trace, sequences=(1, None)), take(trace, sequences=(0, 1))
+
+    joined, _ = join([last, first, make_trace((2,), (1,))], names(3))
+
+    assert joined.meta["topics"] == ["chat", "law", "code", None]
+
+
 # The commands.
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from moesim.cli.trace import command
@@ -129,7 +130,6 @@ def test_what_the_engines_refuse_is_not_written(
 def test_json_and_pt_hold_the_same_counts(
     make_trace: MakeTrace, spec: ModelSpec, tmp_path: Path
 ) -> None:
-    torch = pytest.importorskip("torch")
     trace = make_trace((40, 30), (3, 2))
 
     plain = export_sglang(trace, tmp_path / "my counts.json", spec)
@@ -249,7 +249,7 @@ def test_libcachesim_misses_as_often_as_we_say(
         assert count == made.lookups[at]
         assert libcachesim_misses("LRU", path, size) == misses[0, at]
         assert libcachesim_misses("Belady", path, size) == misses[1, at]
-        hits = lru_hits(trace, [size], protect=False)[0, at] * trace.tokens * trace.top_k
+        hits = lru_hits(trace, [size], protect=False)[0, at] * count
         assert libcachesim_misses("LRU", path, size) == count - round(hits)
 
 
@@ -325,7 +325,6 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 def test_tables_hold_the_trace(
     make_trace: MakeTrace, tmp_path: Path, kind: str, full: bool
 ) -> None:
-    pytest.importorskip("pyarrow")
     trace = with_gaps(with_numbers(make_trace((9, 6), (3, 2), full=full), 1, 2, 4))
     path = tmp_path / f"table.{kind}"
 
@@ -337,8 +336,18 @@ def test_tables_hold_the_trace(
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_experts_in_no_order_have_no_rank(make_trace: MakeTrace, tmp_path: Path) -> None:
+    trace = make_trace()
+    unordered = msgspec.structs.replace(trace, meta={**trace.meta, "has_rank_order": False})
+    for one, name in ((trace, "a.csv"), (unordered, "b.csv")):
+        export_table(one, tmp_path / name, "csv")
+    ranks = [[row["rank"] for row in read_table(tmp_path / name)] for name in ("a.csv", "b.csv")]
+
+    assert set(ranks[0]) == {0, 1}
+    assert set(ranks[1]) == {None}
+
+
 def test_a_csv_is_plain(make_trace: MakeTrace, tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     trace = make_trace(full=False)
     export_table(trace, tmp_path / "t.csv", "csv")
 
@@ -353,7 +362,6 @@ def test_a_csv_is_plain(make_trace: MakeTrace, tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_trace(
     make_trace: MakeTrace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    pytest.importorskip("pyarrow")
     monkeypatch.setattr(exporters, "CHUNK", 1 << 10)
     peaks = []
     for tokens in (10, 500, 5000):  # the first only imports
@@ -387,7 +395,6 @@ def run(*words: object) -> str:
 def test_the_command_says_what_the_file_is_for(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("pyarrow")
     monkeypatch.chdir(tmp_path)
 
     assert run("export", saved, "--to", "sglang", "-o", "c.json") == (

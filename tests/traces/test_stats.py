@@ -147,8 +147,33 @@ def test_caches_count_like_plain_ones(
 def test_missing_ids_never_hit() -> None:
     trace = of([[0, MISSING], [0, MISSING], [MISSING, MISSING]], 3)
 
-    assert lru_hits(trace, [2])[0, 0] == belady_hits(trace, [2])[0, 0] == pytest.approx(1 / 6)
-    assert lru_hits(trace, [2], protect=False)[0, 0] == pytest.approx(1 / 6)
+    assert lru_hits(trace, [2])[0, 0] == belady_hits(trace, [2])[0, 0] == 0.5
+    assert lru_hits(trace, [2], protect=False)[0, 0] == 0.5
+
+
+def test_rows_that_are_missing_change_no_statistic_of_the_others(make_trace: MakeTrace) -> None:
+    trace = make_trace((12, 12), (4, 4), experts=6)
+    gap = msgspec.structs.replace(
+        trace, experts=np.concatenate([np.full_like(trace.experts, MISSING), trace.experts]),
+        **{
+            name: np.concatenate([getattr(trace, name), getattr(trace, name)])
+            for name in ("phase", "position")
+        },
+        sequence=np.concatenate([trace.sequence, trace.sequence + 2]),
+        weights=None, token_id=None, candidates={}, candidate_scores={},
+    )  # fmt: skip
+
+    for found, expected in (
+        (lru_hits(gap, [3]), lru_hits(trace, [3])),
+        (belady_hits(gap, [3]), belady_hits(trace, [3])),
+        (static_hits(gap, [3], 1.0), static_hits(trace, [3], 1.0)),
+        (active(gap, [4]), active(trace, [4])),
+        (srp(gap, [4]), srp(trace, [4])),
+        (reuse(gap, [1, 2]), reuse(trace, [1, 2])),
+    ):
+        assert (found == expected).all()
+    assert summary(gap)["missing"] == 0.5
+    assert np.isnan(lru_hits(gap.at(gap.sequence < 2), [3])).all()
 
 
 def test_a_summary_is_plain_and_complete(make_trace: MakeTrace) -> None:

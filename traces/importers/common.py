@@ -85,8 +85,7 @@ def without_first(trace: Trace) -> Trace:
     later = trace.position > 0
     if not later.any():
         raise TraceError("nothing is left without the first token of every sequence")
-    rows = {name: getattr(trace, name)[later] for name in ("experts", "phase", "sequence")}
-    return msgspec.structs.replace(trace, position=trace.position[later], **rows)
+    return trace.at(later)
 
 
 def spec_for(options: Options, stated: str | None = None) -> ModelSpec:

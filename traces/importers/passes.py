@@ -50,9 +50,10 @@ def follow(passes: list[Pass]) -> tuple[IntArray, IntArray, IntArray]:
     """Return the rows that count, by number among all rows, and the sequence and phase of each.
 
     A sequence goes on where its next position is computed: by decoding if it was in the last
-    decoding pass or was extended since, by extending if it has not decoded yet; equals take turns
-    in the order of the batch. Whoever is missing from a decoding pass has ended, or waits for more
-    of its prompt. Anything else begins a sequence. Rows come sequence by sequence.
+    decoding pass or was extended since, by extending if it has not decoded yet. A batch keeps its
+    order: of equals it is the first behind the sequence found before, if there is one. Whoever is
+    missing from a decoding pass has ended, or waits for more of its prompt. Anything else begins a
+    sequence. Rows come sequence by sequence.
     """
     drafts = _draft_tokens(passes)
     every: list[list[Part]] = []
@@ -62,6 +63,9 @@ def follow(passes: list[Pass]) -> tuple[IntArray, IntArray, IntArray]:
     row = 0
     for one in passes:
         ready: Queues = defaultdict(deque)
+        passed: Queues = defaultdict(deque)
+        place = {number: i for i, number in enumerate(running + extended)}
+        last = -1
         if one.mode != EXTEND:
             for number in running + extended:
                 for position in _next(every[number][-1]):
@@ -71,7 +75,11 @@ def follow(passes: list[Pass]) -> tuple[IntArray, IntArray, IntArray]:
         for start, length in _spans(one, drafts):
             phase, number = PREFILL if one.lengths else DECODE, -1
             if phase == DECODE or (one.mode == MIXED and length == 1):
+                while ready[start] and place[ready[start][0]] <= last:
+                    passed[start].append(ready[start].popleft())
                 number = _first(ready[start], taken)
+                number = number if number >= 0 else _first(passed[start], taken)
+                last = max(last, place.get(number, -1))
                 phase = DECODE if number >= 0 else phase
             if phase == PREFILL:
                 number = _first(waiting[start], taken)

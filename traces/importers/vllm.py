@@ -91,6 +91,9 @@ def read(source: Source, options: Options) -> Trace:
     request, and dropped unless asked for.
     """
     found = _responses(source)
+    models = {response.model for _, response in found}
+    if len(models) > 1:
+        raise TraceError(f"has answers of {', '.join(sorted(map(repr, models)))}; one is legal")
     spec = spec_for(options, found[0][1].model)
     forms: list[str] = []
     requests = [
@@ -178,6 +181,11 @@ def _requests(
         )
         cached = None  # marked by -1
     answers = _answers(response)
+    if len(answers) > 1 and cached:
+        raise TraceError(
+            f"{place}usage counts {cached} cached tokens for {len(answers)} answers together; "
+            f"record one answer per response"
+        )
     requests = []
     for own, choice in answers:
         name = f"{place}{own}routed_experts"
@@ -192,7 +200,9 @@ def _requests(
         else:
             ids = _ids(name, value, raw, forms)
         before = choice.prompt_token_ids or response.prompt_token_ids
-        prompt = usage.prompt_tokens if before is None else len(before)
+        # Of several answers, `usage` says only the sums.
+        prompt = usage.prompt_tokens if len(answers) == 1 else None
+        prompt = prompt if before is None else len(before)
         if prompt_ids is not None:
             if prompt_ids.shape[1:] != ids.shape[1:] or prompt not in (None, len(prompt_ids)):
                 raise TraceError(
@@ -201,7 +211,6 @@ def _requests(
                 )
             prompt, ids = len(prompt_ids), np.concatenate([prompt_ids, ids])
         after = choice.token_ids
-        # Of several answers, `usage` says only the sum.
         generated = usage.completion_tokens if len(answers) == 1 else None
         token_ids = None if before is None or after is None else before + after
         generated = generated if after is None else len(after)

@@ -295,6 +295,31 @@ def test_lines_lists_and_choices_are_sequences(tmp_path: Path, spec: ModelSpec) 
     assert both.sequence.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_sums_over_several_answers_are_not_taken_for_one(tmp_path: Path, spec: ModelSpec) -> None:
+    """Two prompts of 5 and 20 tokens generated from each: usage counts 10 and 40."""
+    ids = np.tile(IDS[:1], (24, 1, 1)).tolist()
+    answers = {"choices": [{"routed_experts": ids}] * 2}
+    usage: dict[str, Any] = {"prompt_tokens": 10, "completion_tokens": 40}
+    path = saved(tmp_path / "f", {**answers, "usage": usage})
+    served: dict[str, Any] = {"prompt_tokens_details": {"cached_tokens": 4}}
+    cached = saved(tmp_path / "g", {**answers, "usage": {**usage, **served}})
+
+    with pytest.raises(TraceError, match="--prompt-tokens"):
+        load_trace(path, spec=spec)
+    assert load_trace(path, spec=spec, prompt_tokens=5).phase.tolist() == ([0] * 5 + [1] * 19) * 2
+    with pytest.raises(TraceError, match="4 cached tokens for 2 answers together"):
+        load_trace(cached, spec=spec, prompt_tokens=5)
+
+
+def test_answers_of_two_models_are_no_trace(tmp_path: Path, spec: ModelSpec) -> None:
+    path = saved(
+        tmp_path / "f", {**vllm(IDS.tolist()), "model": "a"}, {**vllm(IDS.tolist()), "model": "b"}
+    )
+
+    with pytest.raises(TraceError, match="answers of 'a', 'b'"):
+        load_trace(path, spec=spec)
+
+
 def test_one_generated_token_has_no_row_of_its_own(tmp_path: Path, spec: ModelSpec) -> None:
     document = {**vllm([], 3, 1), "prompt_routed_experts": IDS[:, 1:].tolist()}
 

@@ -185,6 +185,20 @@ def test_sequences_at_one_position_keep_the_order_of_the_batch(
     assert decoded == [[5, 3], [4, 3], [5, 2], [4, 2]]  # 4 + place in the batch, mapped
 
 
+def test_who_stands_before_another_does_not_follow_it(tmp_path: Path, spec: ModelSpec) -> None:
+    """Prompts of 2, 3 and 2; the first ends, so that position 3 belongs to the third."""
+    path = saved(
+        tmp_path / "f.pt",
+        record(EXTEND, [0, 1, 0, 1, 2, 0, 1], [2, 3, 2]),
+        record(DECODE, [2, 3, 2]),
+        record(DECODE, [4, 3]),
+    )
+
+    assert spans(path, spec) == [
+        ([0, 1, 2], "ppd"), ([0, 1, 2, 3, 4], "pppdd"), ([0, 1, 2, 3], "ppdd"),
+    ]  # fmt: skip
+
+
 def test_a_finished_sequence_is_not_taken_up_by_another(tmp_path: Path, spec: ModelSpec) -> None:
     path = saved(
         tmp_path / "f.pt",

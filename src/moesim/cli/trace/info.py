@@ -41,6 +41,10 @@ def _print(found: dict[str, Any], console: "Console") -> None:
         f"{span['min']} to {span['max']}",
         f"router weights {'' if found['weights'] else 'not '}recorded; guesses: {predictors}",
     ]
+    if found["missing"]:
+        lines.append(f"{found['missing']:.1%} of all choices are missing, and counted nowhere")
+    if not found["rank_order"]:
+        lines.append("a token's experts are in no order: their ranks mean nothing")
     if found["tokens_examined"] < found["tokens"]:
         lines.append(f"below: the first {found['tokens_examined']} tokens")
     console.print("\n".join(lines), markup=False, soft_wrap=True)
