@@ -298,7 +298,7 @@ def test_lines_lists_and_choices_are_sequences(tmp_path: Path, spec: ModelSpec) 
 def test_sums_over_several_answers_are_not_taken_for_one(tmp_path: Path, spec: ModelSpec) -> None:
     """Two prompts of 5 and 20 tokens generated from each: usage counts 10 and 40."""
     ids = np.tile(IDS[:1], (24, 1, 1)).tolist()
-    answers = {"choices": [{"routed_experts": ids}] * 2}
+    answers: dict[str, Any] = {"choices": [{"routed_experts": ids}] * 2}
     usage: dict[str, Any] = {"prompt_tokens": 10, "completion_tokens": 40}
     path = saved(tmp_path / "f", {**answers, "usage": usage})
     served: dict[str, Any] = {"prompt_tokens_details": {"cached_tokens": 4}}
