@@ -10,10 +10,12 @@ A policy is a `typing.NamedTuple` of parameters and state arrays with plain meth
 
 A hook reads the view, which does not change meanwhile, and calls the command functions of this
 module on the plan; they are carried out after the hook returns, strictly in the order of the calls.
-A policy sees no clock and no future, and moves no bytes itself.
+A policy sees no clock and moves no bytes itself. It sees no future either, unless its class is
+decorated with `sees_future`: then `Setting.future` holds what the routers will choose, and the run
+says so.
 """
 
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,6 +23,8 @@ import numpy as np
 from moesim.costs import Costs, copy_ns, part_bytes
 from moesim.forecast import NOW, Forecast, left_ns
 from moesim.types import GPU, H2D, NONE, WHOLE, FloatArray, IntArray
+
+AnyPolicy = TypeVar("AnyPolicy")
 
 CACHE, STAGING = 0, 1
 """Where a fetched expert goes: to stay until it is evicted, or until after its layer's next run."""
@@ -264,6 +268,9 @@ class Setting(NamedTuple):
     popularity: IntArray
     """(L, E): how often each expert was chosen in the part of the trace that is not replayed."""
     seed: int
+    future: IntArray = np.zeros((0, 4), np.int64)
+    """(activations, 4): step, layer, expert and tokens of each, in this order, of the whole run;
+    none but for a policy whose class is decorated with `sees_future`."""
 
     @property
     def expert_bytes(self) -> int:
@@ -321,6 +328,12 @@ class Policy(Protocol):
 
     def dispatch(self, view: View, plan: Plan) -> None:
         """Give every active expert a device; weights that are missing get demand copies."""
+
+
+def sees_future(cls: type[AnyPolicy]) -> type[AnyPolicy]:
+    """Declare that a policy is a reference that knows the future, and get it `Setting.future`."""
+    cls.declares_future = True  # type: ignore[attr-defined]
+    return cls
 
 
 def even_split(total: int, parts: int) -> IntArray:

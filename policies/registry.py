@@ -17,8 +17,17 @@ from moesim.errors import InputError
 from moesim.policies.api import HOOKS, Policy, Setting
 
 BUILTIN = {
+    "all-cpu": "moesim.policies.all_cpu:AllCpu",
+    "all-gpu": "moesim.policies.all_gpu:AllGpu",
+    "belady": "moesim.policies.belady:Belady",
     "dali": "moesim.policies.dali:Dali",
+    "fate": "moesim.policies.fate:Fate",
+    "fiddler": "moesim.policies.fiddler:Fiddler",
+    "huang": "moesim.policies.huang:Huang",
     "lru": "moesim.policies.lru:Lru",
+    "mixtral-offloading": "moesim.policies.mixtral_offloading:MixtralOffloading",
+    "on-demand": "moesim.policies.on_demand:OnDemand",
+    "oracle": "moesim.policies.oracle:Oracle",
     "static": "moesim.policies.static:Static",
 }
 GROUP = "moesim.policies"

@@ -115,6 +115,16 @@ def latencies(run: Replayed) -> dict[str, Any]:
     }
 
 
+def share_of_gain(makespan_ns: int, on_demand_ns: int, oracle_ns: int) -> float | None:
+    """Return the share of the achievable gain in time that a policy reached.
+
+    0 is the time of `on-demand` and 1 that of `oracle`. Neither is a bound, so that the share may
+    lie outside; None if they take equally long.
+    """
+    gain = on_demand_ns - oracle_ns
+    return (on_demand_ns - makespan_ns) / gain if gain else None
+
+
 def hit_rate(counts: Any) -> float | None:
     """Return (resident + arrived) / all of one row of counts; None without activations."""
     total = int(counts.sum())

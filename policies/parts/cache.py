@@ -100,3 +100,67 @@ def window_due(window: Window, layer: int, size: int, early: int) -> bool:
     """
     done: int = window.steps[layer]
     return (done - 1 if early else done) % size == 0
+
+
+COUNTER, LRU, FIFO = range(3)
+"""What a hit does to its way: counts up, makes it the youngest, or nothing."""
+
+
+class Ways(NamedTuple):
+    """A set of numbered places per layer, as Huang et al. have it (arXiv 2512.16473).
+
+    Under every rule the way with the lowest count is filled next, of equals the lowest number, and
+    then gets more than all others; the rules differ in what a hit does.
+    """
+
+    tag: IntArray
+    """(layers, ways): the expert that is there or on its way, or NONE."""
+    counts: IntArray
+    """(layers, ways)."""
+
+
+def new_ways(layers: int, ways: int) -> Ways:
+    """Return empty sets."""
+    return Ways(np.full((layers, ways), NONE), np.zeros((layers, ways), np.int64))
+
+
+def way_of(ways: Ways, layer: int, expert: int) -> int:
+    """Return the way that holds an expert, or NONE."""
+    for way in range(ways.tag.shape[1]):
+        if ways.tag[layer, way] == expert:
+            return way
+    return NONE
+
+
+def way_youngest(ways: Ways, layer: int, way: int) -> None:
+    """Let a way count more than all ways of its layer."""
+    most = 0
+    for other in range(ways.tag.shape[1]):
+        most = max(most, ways.counts[layer, other])
+    ways.counts[layer, way] = most + 1
+
+
+def way_use(ways: Ways, layer: int, way: int, rule: int) -> None:
+    """Note a hit: the "LRU" of Huang's released code counts up, which is tinted by frequency."""
+    if rule == COUNTER:
+        ways.counts[layer, way] += 1
+    elif rule == LRU:
+        way_youngest(ways, layer, way)
+
+
+def way_victim(ways: Ways, layer: int, protected: IntArray) -> int:
+    """Return the way to fill next: empty or its expert at 0 in `protected`; or NONE."""
+    victim = NONE
+    for way in range(ways.tag.shape[1]):
+        expert = ways.tag[layer, way]
+        if (expert == NONE or protected[expert] == 0) and (
+            victim == NONE or ways.counts[layer, way] < ways.counts[layer, victim]
+        ):
+            victim = way
+    return victim
+
+
+def way_fill(ways: Ways, layer: int, way: int, expert: int) -> None:
+    """Put an expert into a way, instead of what was there."""
+    ways.tag[layer, way] = expert
+    way_youngest(ways, layer, way)

@@ -17,7 +17,7 @@ from moesim.traces.format import Trace
 from moesim.traces.predictors import SEES_FUTURE, guess, resolve
 from moesim.traces.stats import popularity
 from moesim.traces.workload import Steps, Workload, steps_of
-from moesim.types import BITS, NONE, OUTCOMES, PHASES
+from moesim.types import BITS, NONE, OUTCOMES, PHASES, IntArray
 
 MAX_BUDGET_BYTES = 1 << 50
 
@@ -111,6 +111,9 @@ def prepare(
         popularity=counts,
         seed=seed,
     )
+    sees_future = getattr(chosen.cls, "declares_future", False)
+    if sees_future:
+        setting = setting._replace(future=future_of(trace, workload, model))
     try:
         policy = chosen.make(setting)
         placement = policy.place(setting)
@@ -137,7 +140,11 @@ def prepare(
         ),
     )
     notices = [*workload.notices, *placement.notices]
+    if sees_future:
+        notices.append(f"policy {chosen.name} sees the future")
     notices += [f"predictor {name} sees the future" for name in predictors if name in SEES_FUTURE]
+    if trace.meta.get("has_rank_order") is False:
+        notices.append("a token's experts are in no order; policies take them as they come")
     if trace.weights is None:
         notices.append("the trace has no router weights; they count as equal")
     if budget_bytes > profile.gpu.memory_bytes:
@@ -159,6 +166,18 @@ def prepare(
         notices=tuple(dict.fromkeys(notices)),
         trace_digest=trace.digest(),
     )
+
+
+def future_of(trace: Trace, workload: Workload, model: ModelSpec) -> IntArray:
+    """Return every activation of the run, as `Setting.future` has them."""
+    steps = steps_of(workload)
+    ids = signed(trace.experts[steps.rows], model.experts)
+    shape = (len(steps.phase), model.layers, model.experts)
+    step = np.repeat(np.arange(len(steps.phase)), np.diff(steps.offset[:, [0, -1]]).ravel())
+    layer = np.arange(model.layers)[:, None]
+    cells = (step[:, None, None] * model.layers + layer) * model.experts + ids
+    found, tokens = np.unique(cells[ids >= 0], return_counts=True)
+    return np.stack([*np.unravel_index(found, shape), tokens], axis=1).astype(np.int64)
 
 
 def signed(ids: Any, experts: int) -> Any:

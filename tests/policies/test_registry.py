@@ -14,7 +14,7 @@ from moesim.policies import registry
 from moesim.policies.api import HOOKS, Setting
 from moesim.policies.dali import Dali
 from moesim.policies.lru import Lru
-from moesim.policies.registry import Chosen, Parameter, choose, names, parameters_of
+from moesim.policies.registry import BUILTIN, Chosen, Parameter, choose, names, parameters_of
 from moesim.policies.static import Static
 from moesim.sim.replay import Replayed
 
@@ -128,7 +128,8 @@ def test_spec_chooses_the_same_again(data: st.DataObject, cls: type) -> None:
 
 @pytest.mark.parametrize("name", ["lruu", "", "LRU", "lru "])
 def test_unknown_policies_are_refused_with_the_names_that_exist(name: str) -> None:
-    assert refusal(name).startswith(f"no policy named '{name}'; there are: dali, lru, static")
+    there = ", ".join(sorted(BUILTIN))
+    assert refusal(name).startswith(f"no policy named '{name}'; there are: {there}")
 
 
 @pytest.mark.parametrize("item", ["w_sizes=3", "w_size", "w_size:3", "=3", "W_SIZE=3", " w_size=3"])
@@ -279,12 +280,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_entry_points_are_policies(installed: ModuleType) -> None:
-    assert names() == ["broken", "dali", "lru", "missing", "other", "static"]
+    assert names() == sorted([*BUILTIN, "broken", "missing", "other"])
     chosen = choose("other:size=4")
     assert chosen == Chosen("other", installed.Mine, chosen.parameters)
     assert chosen.parameters["size"] == 4
     assert choose(chosen.spec) == chosen
-    assert "there are: broken, dali, lru, missing, other, static" in refusal("others")
+    assert f"there are: {', '.join(names())}" in refusal("others")
 
 
 @pytest.mark.usefixtures("installed")

@@ -459,7 +459,7 @@ def test_threads_share_a_trace_and_run_at_the_same_time() -> None:
 
     alone = moesim.sim.replay.replay(prepared(), machine="compiled")
     most_seen = 0
-    for _ in range(10):
+    for _ in range(60):
         runs = [CompiledRun(prepared(), seed=0, jitter=0, record=False) for _ in range(2)]
         steps = len(runs[0].prepared.host.steps.phase)
         threads = [threading.Thread(target=run.steps, args=(0, steps)) for run in runs]

@@ -9,6 +9,7 @@ import click
 from moesim.cli.common import LazyCommands
 
 COMMANDS = {
+    "bound": "Say what no policy can beat with a budget, model and machine.",
     "cache": "Say how often caches of each rule and size hit, layer by layer.",
     "compile": "Compile the simulator and policies once, or clear what was compiled.",
     "hardware": "List the machines that moesim knows, or show one.",

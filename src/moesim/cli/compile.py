@@ -78,7 +78,7 @@ def any_run(chosen: "Chosen") -> "Prepared":
 
     trace = read_trace(example_path())
     model = spec_from_dict(trace.meta["spec"])
-    budget_bytes = model.layers * model.experts * expert_bytes(model, 16) // 4
+    budget_bytes = model.layers * model.experts * expert_bytes(model, 16)
     return prepare(
         trace, cut(trace, 1, prompt=1, generate=1), model, load_profile(None)[0], chosen,
         budget_bytes=budget_bytes,

@@ -1,7 +1,8 @@
 """`moesim replay`: one policy, one trace, one machine: how fast, and why."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -9,7 +10,9 @@ from moesim.cli.common import SHARE, check_output, print_json, setting_pairs, si
 
 if TYPE_CHECKING:
     from moesim.model import ModelSpec
+    from moesim.policies.registry import Chosen
     from moesim.profile import HardwareProfile
+    from moesim.run import Prepared
     from moesim.sim.replay import Replayed
     from moesim.traces.format import Trace
     from moesim.traces.workload import Workload
@@ -17,9 +20,120 @@ if TYPE_CHECKING:
 RESERVE_BYTES = 1 << 30
 """What the default budget leaves on the GPU for activations and the runtime."""
 
+REFERENCES = ("on-demand", "oracle")
+"""The policies that stand for 0 % and 100 % of what can be gained."""
+
+
+RUN_OPTIONS = (
+    click.argument("trace", required=False, type=click.Path(path_type=Path)),
+    click.option(
+        "--model", metavar="NAME|PATH", help="Name or config.json.  [default: the trace's]"
+    ),
+    click.option(
+        "--hardware",
+        metavar="NAME|PATH",
+        help="Name or YAML file.  [default: this machine's profile, else a preset]",
+    ),
+    click.option(
+        "--budget",
+        metavar="SIZE",
+        help="GPU memory for experts, staging included, as 8GiB.  [default: what is left]",
+    ),
+    click.option("--cache-ratio", type=SHARE, help="The budget as a share of all experts."),
+    click.option(
+        "--bits",
+        type=click.Choice(["16", "8", "4"]),
+        default="16",
+        show_default=True,
+        help="Precision of the experts, stored and copied.",
+    ),
+    click.option(
+        "--batch",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Sequences in all; a policy may split them into batches.",
+    ),
+    click.option("--prompt", type=click.IntRange(1), help="Tokens of each prompt."),
+    click.option(
+        "--generate",
+        type=click.IntRange(1),
+        help="Tokens to generate; the prompt's own step gives the first.",
+    ),
+    click.option(
+        "--start",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Skip so many sequences, or windows, of the trace.",
+    ),
+    click.option("--repeat", is_flag=True, help="Let tokens of the trace serve several sequences."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Change a number of the hardware profile, as link.h2d.bytes_per_s=55e9.",
+    ),
+)
+"""What is run: trace, model, machine, budget and workload; `Inputs.load` takes them."""
+
+
+def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of RUN_OPTIONS."""
+    for option in reversed(RUN_OPTIONS):
+        function = option(function)
+    return function
+
+
+class Inputs(NamedTuple):
+    """What the options of RUN_OPTIONS name, loaded."""
+
+    trace: "Trace"
+    workload: "Workload"
+    model: "ModelSpec"
+    profile: "HardwareProfile"
+    budget_bytes: int
+    bits: int
+    notices: tuple[str, ...]
+
+    @classmethod
+    def load(
+        cls, trace: Path | None, model: str | None, hardware: str | None, budget: str | None,
+        cache_ratio: float | None, bits: str, batch: int, prompt: int | None, generate: int | None,
+        start: int, repeat: bool, settings: tuple[str, ...],
+    ) -> "Inputs":  # fmt: skip
+        """Load what is named; raise InputError for what does not exist or fit."""
+        from moesim.errors import InputError
+        from moesim.model import load_model
+        from moesim.profile import load_profile, with_overrides
+        from moesim.traces.bundled import example_path
+        from moesim.traces.importers import load_trace
+        from moesim.traces.workload import cut
+
+        if budget is not None and cache_ratio is not None:
+            raise InputError("--budget and --cache-ratio exclude each other")
+        profile, notice = load_profile(hardware)
+        profile = with_overrides(profile, setting_pairs(settings))
+        asked = load_model(model) if model is not None else None
+        routing = load_trace(trace or example_path(), spec=asked)
+        spec = model_of(model, routing)
+        workload = cut(routing, batch, prompt, generate, start, repeat)
+        size, said = budget_of(spec, profile, workload, budget, cache_ratio, int(bits))
+        notices = tuple(filter(None, (notice, said)))
+        return cls(routing, workload, spec, profile, size, int(bits), notices)
+
+    def prepare(self, chosen: "Chosen", seed: int = 0) -> "Prepared":
+        """Return a run of a policy on these inputs."""
+        from moesim.run import prepare
+
+        return prepare(
+            self.trace, self.workload, self.model, self.profile, chosen,
+            budget_bytes=self.budget_bytes, bits=self.bits, seed=seed,
+        )  # fmt: skip
+
 
 @click.command()
-@click.argument("trace", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--policy",
     default="dali",
@@ -27,46 +141,7 @@ RESERVE_BYTES = 1 << 30
     metavar="NAME[:KEY=VALUE,...]",
     help="A policy and its parameters; `moesim policies` lists them.",
 )
-@click.option("--model", metavar="NAME|PATH", help="Name or config.json.  [default: the trace's]")
-@click.option(
-    "--hardware",
-    metavar="NAME|PATH",
-    help="Name or YAML file.  [default: this machine's profile, else a preset]",
-)
-@click.option(
-    "--budget",
-    metavar="SIZE",
-    help="GPU memory for experts, staging included, as 8GiB.  [default: what is left]",
-)
-@click.option("--cache-ratio", type=SHARE, help="The budget as a share of all experts.")
-@click.option(
-    "--bits",
-    type=click.Choice(["16", "8", "4"]),
-    default="16",
-    show_default=True,
-    help="Precision of the experts, stored and copied.",
-)
-@click.option(
-    "--batch",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Sequences in all; a policy may split them into batches.",
-)
-@click.option("--prompt", type=click.IntRange(1), help="Tokens of each prompt.")
-@click.option(
-    "--generate",
-    type=click.IntRange(1),
-    help="Tokens to generate; the prompt's own step gives the first.",
-)
-@click.option(
-    "--start",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Skip so many sequences, or windows, of the trace.",
-)
-@click.option("--repeat", is_flag=True, help="Let tokens of the trace serve several sequences.")
+@run_options
 @click.option(
     "--machine",
     type=click.Choice(["auto", "simpy", "compiled"]),
@@ -84,11 +159,9 @@ RESERVE_BYTES = 1 << 30
 )
 @click.option("--seed", type=click.IntRange(0, (1 << 31) - 1), default=0, show_default=True)
 @click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a number of the hardware profile, as link.h2d.bytes_per_s=55e9.",
+    "--share",
+    is_flag=True,
+    help="Replay on-demand and oracle, too, and say how far from one to the other the policy gets.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
 @click.option(
@@ -103,70 +176,50 @@ RESERVE_BYTES = 1 << 30
     help="Write one row per step.",
 )
 def command(
-    trace: Path | None,
     policy: str,
-    model: str | None,
-    hardware: str | None,
-    budget: str | None,
-    cache_ratio: float | None,
-    bits: str,
-    batch: int,
-    prompt: int | None,
-    generate: int | None,
-    start: int,
-    repeat: bool,
     machine: str,
     jitter: float,
     seed: int,
-    settings: tuple[str, ...],
+    share: bool,
     as_json: bool,
     timeline: Path | None,
     csv_path: Path | None,
+    **inputs: Any,
 ) -> None:
     """Replay a routing trace through a policy on a simulated machine.
 
     Without TRACE, the example that ships with moesim.
     """
     from moesim.errors import InputError
-    from moesim.model import load_model
     from moesim.policies.registry import choose
-    from moesim.profile import load_profile, with_overrides
-    from moesim.run import prepare
     from moesim.sim.engine import machine_for
-    from moesim.sim.metrics import summarize
+    from moesim.sim.metrics import share_of_gain, summarize
     from moesim.sim.replay import replay
-    from moesim.traces.bundled import example_path
-    from moesim.traces.importers import load_trace
-    from moesim.traces.workload import cut
 
-    if budget is not None and cache_ratio is not None:
-        raise InputError("--budget and --cache-ratio exclude each other")
     chosen = choose(policy)
-    profile, notice = load_profile(hardware)
-    profile = with_overrides(profile, setting_pairs(settings))
     outputs = [path for path in (timeline, csv_path) if path is not None]
     for path in outputs:
         check_output(path)
-    taken = [path.resolve() for path in (*outputs, *filter(None, [trace]))]
+    taken = [path.resolve() for path in (*outputs, *filter(None, [inputs["trace"]]))]
     if len(set(taken)) < len(taken):
         raise InputError("TRACE, --timeline and --csv must be different files")
-    asked = load_model(model) if model is not None else None
-    routing = load_trace(trace or example_path(), spec=asked)
-    spec = model_of(model, routing)
-    workload = cut(routing, batch, prompt, generate, start, repeat)
-    size, said = budget_of(spec, profile, workload, budget, cache_ratio, int(bits))
-    prepared = prepare(
-        routing, workload, spec, profile, chosen, budget_bytes=size, bits=int(bits), seed=seed
-    )
-    for line in filter(None, (notice, said, *prepared.notices)):
+    given = Inputs.load(**inputs)
+    prepared = given.prepare(chosen, seed)
+    for line in (*given.notices, *prepared.notices):
         click.echo(f"note: {line}", err=True)
-    machine = machine_for(prepared, machine, lambda line: click.echo(f"note: {line}", err=True))
+    references = [given.prepare(choose(name), seed) for name in REFERENCES if share]
+    wanted, stretch = machine, round(jitter * 1024)
+    machine = machine_for(prepared, wanted, lambda line: click.echo(f"note: {line}", err=True))
     run = with_progress(
         lambda progress: replay(
-            prepared, machine=machine, seed=seed, jitter=round(jitter * 1024),
-            record=timeline is not None, progress=progress,
+            prepared, machine=machine, seed=seed, jitter=stretch, record=timeline is not None,
+            progress=progress,
         )
     )  # fmt: skip
+    others = [
+        replay(other, machine=machine_for(other, wanted, lambda _: None), seed=seed, jitter=stretch)
+        for other in references
+    ]
     if timeline is not None:
         from moesim.sim.timeline import write_timeline
 
@@ -174,6 +227,13 @@ def command(
     if csv_path is not None:
         write_csv(run, csv_path)
     result = summarize(run)
+    if share:
+        on_demand_ns, oracle_ns = (other.heads[-1].now_ns for other in others)
+        result["gain"] = {
+            "share": share_of_gain(result["makespan_ns"], on_demand_ns, oracle_ns),
+            "on_demand_ns": on_demand_ns,
+            "oracle_ns": oracle_ns,
+        }
     if as_json:
         print_json(result)
     else:
@@ -282,6 +342,16 @@ def write_csv(run: "Replayed", path: Path) -> None:
     unfinished.replace(path)
 
 
+def gain_in_words(result: dict[str, Any]) -> str:
+    """Return how far a policy gets from on-demand to oracle, which are given in tokens/s."""
+    gain, tokens = result["gain"], result["output_tokens"]
+    slow, fast = (tokens * 1e9 / gain[f"{name}_ns"] for name in ("on_demand", "oracle"))
+    between = f"from on-demand ({slow:.2f} tokens/s) to oracle ({fast:.2f})"
+    if gain["share"] is None:
+        return f"Nothing is to be gained {between}"
+    return f"{gain['share']:.1%} of the time that is to be gained {between}"
+
+
 LINK_NAMES = {
     "kv_in": "KV in",
     "kv_out": "KV out",
@@ -308,7 +378,10 @@ def show(result: dict[str, Any], run: "Replayed") -> None:
         f"TTFT {result['ttft_ms']:.1f} ms   TPOT {later}",
         style="bold green",
     )
-    console.print(f"{explain(result)}\n")
+    console.print(f"{explain(result)}")
+    if "gain" in result:
+        console.print(gain_in_words(result), soft_wrap=True)
+    console.print()
     experts = run.prepared.setting.layers * run.prepared.setting.experts
     budget_bytes = about["budget_bytes"]
     budget_unit, budget_name = (2**30, "GiB") if budget_bytes >= 2**30 else (2**20, "MiB")
