@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesim.cli import COMMANDS
+
 Cli = Callable[..., CompletedProcess[str]]
 Arrays = dict[str, Any]
 
