@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Long tests that say nothing about how moesim was installed.
+SAME := $(addprefix --ignore=tests/,test_laws.py sim traces/test_fuzz.py traces/test_fit.py)
 
 .PHONY: replay test bench lint format wheel clean
 
@@ -32,7 +34,7 @@ wheel: $(VENV)/.dev  ## test what we ship: sdist -> wheel -> fresh venv, away fr
 	$(BIN)/python -m venv --without-pip build/venv
 	$(BIN)/python -m pip --python build/venv/bin/python install --quiet --constraint constraints.txt --group test build/dist/*.whl
 	cp -R tests build/tests
-	cd build && NUMBA_BOUNDSCHECK=1 venv/bin/python -m pytest -c ../pyproject.toml --rootdir . tests
+	cd build && NUMBA_BOUNDSCHECK=1 venv/bin/python -m pytest -c ../pyproject.toml --rootdir . tests $(SAME)
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .*_cache
