@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.model import load_model
 from moesim.policies.registry import choose
 from moesim.profile import load_profile

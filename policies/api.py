@@ -8,6 +8,9 @@ A policy is a `typing.NamedTuple` of parameters and state arrays with plain meth
   `before_attention`, `before_gate`, `routed` (once per batch), `dispatch`, `after_layer`, each
   called with `(self, view: View, plan: Plan)`.
 
+A policy that computes its settings may show how: `plan(self, setting) -> tuple[Table, ...]` is what
+`moesim plan` prints.
+
 A hook reads the view, which does not change meanwhile, and calls the command functions of this
 module on the plan; they are carried out after the hook returns, strictly in the order of the calls.
 A policy sees no clock and moves no bytes itself. It sees no future either, unless its class is
@@ -15,6 +18,7 @@ decorated with `sees_future`: then `Setting.future` holds what the routers will 
 says so.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -251,6 +255,27 @@ class Prediction(NamedTuple):
     """Of the predictor `noisy-oracle`."""
 
 
+class Offline(NamedTuple):
+    """What was observed beforehand: the part of the trace that is not replayed.
+
+    A sequence's tokens follow one another, as they were forwarded.
+    """
+
+    ids: IntArray
+    """(tokens, L, top_k): chosen experts, largest router weight first; -1: missing."""
+    sequence: IntArray
+    """(tokens,)."""
+    guesses: IntArray
+    """(tokens, L, width): guesses for each layer, best first; -1: none. Empty if none was asked
+    for."""
+
+
+def nothing_observed(prediction: Prediction | None = None) -> Offline:
+    """Observe nothing, as where the whole trace is replayed."""
+    none = np.zeros((0, 0, 0), np.int64)
+    return Offline(none, np.zeros(0, np.int64), none)
+
+
 class Setting(NamedTuple):
     """What is known before the run: all that `new` and `place` may look at."""
 
@@ -271,6 +296,9 @@ class Setting(NamedTuple):
     future: IntArray = np.zeros((0, 4), np.int64)
     """(activations, 4): step, layer, expert and tokens of each, in this order, of the whole run;
     none but for a policy whose class is decorated with `sees_future`."""
+    offline: Callable[..., Offline] = nothing_observed
+    """Given a Prediction or nothing, what was observed beforehand and what would have been guessed;
+    a predictor that learns offline guesses here as it would online."""
 
     @property
     def expert_bytes(self) -> int:
@@ -318,6 +346,15 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """(L, E): 1 where an expert's home is the disk; none: all are in host memory."""
     notices: tuple[str, ...] = ()
     """What the user should know about this placement."""
+
+
+class Table(NamedTuple):
+    """A part of how a policy came to its settings, for people to read."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[object, ...], ...]
+    note: str = ""
 
 
 class Policy(Protocol):

@@ -7,7 +7,7 @@ import pytest
 
 from moesim.errors import InputError
 from moesim.policies.registry import BUILTIN, load_class
-from moesim.testing import PolicyConformance
+from moesim.policies.testing import PolicyConformance
 
 
 class TestDali(PolicyConformance):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.audit import audit
 from moesim.model import expert_bytes
 from moesim.policies.registry import choose

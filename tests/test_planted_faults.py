@@ -8,8 +8,8 @@ import pytest
 import moesim.commands
 import moesim.forecast
 import moesim.host
+import moesim.policies.testing as lab
 import moesim.residency
-import moesim.testing as lab
 from moesim.errors import AuditError
 from moesim.policies.api import (
     CACHE,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.errors import DeadlockError, PolicyError
 from moesim.policies import api
 from moesim.policies.api import CACHE, FIRST, REST, Placement, Plan, Setting, View

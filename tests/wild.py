@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import hypothesis.strategies as st
 import numpy as np
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.costs import Costs
 from moesim.policies import api
 from moesim.policies.api import CACHE, FIRST, REST, Placement, Plan, Prediction, Setting, View

@@ -1,5 +1,7 @@
 """Prepare a run: a trace, a model, a machine's costs and a policy become a host program's state."""
 
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,16 +10,24 @@ from moesim.costs import Costs, build_costs
 from moesim.errors import InputError, MoesimError, PolicyError
 from moesim.forecast import new_forecast
 from moesim.model import ModelSpec
-from moesim.policies.api import Placement, Plan, Setting, View
+from moesim.policies.api import (
+    Offline,
+    Placement,
+    Plan,
+    Prediction,
+    Setting,
+    View,
+    nothing_observed,
+)
 from moesim.policies.registry import Chosen
 from moesim.profile import HardwareProfile, decision_ns
 from moesim.residency import Residency, new_residency
 from moesim.state import STATES, Host
-from moesim.traces.format import Trace
+from moesim.traces.format import Trace, rows_by_sequence
 from moesim.traces.predictors import SEES_FUTURE, guess, resolve
 from moesim.traces.stats import popularity
 from moesim.traces.workload import Steps, Workload, steps_of
-from moesim.types import BITS, NONE, OUTCOMES, PHASES, IntArray
+from moesim.types import BITS, NONE, OUTCOMES, PHASES, PREFILL, IntArray
 
 MAX_BUDGET_BYTES = 1 << 50
 
@@ -110,6 +120,7 @@ def prepare(
         step_tokens=step_tokens,
         popularity=counts,
         seed=seed,
+        offline=cache(partial(offline_of, trace, workload, model, seed)),
     )
     sees_future = getattr(chosen.cls, "declares_future", False)
     if sees_future:
@@ -178,6 +189,35 @@ def future_of(trace: Trace, workload: Workload, model: ModelSpec) -> IntArray:
     cells = (step[:, None, None] * model.layers + layer) * model.experts + ids
     found, tokens = np.unique(cells[ids >= 0], return_counts=True)
     return np.stack([*np.unravel_index(found, shape), tokens], axis=1).astype(np.int64)
+
+
+def offline_of(
+    trace: Trace, workload: Workload, model: ModelSpec, seed: int,
+    prediction: Prediction | None = None,
+) -> Offline:  # fmt: skip
+    """Return what was observed beforehand, and what a predictor would have guessed then."""
+    rows, starts = rows_by_sequence(trace)
+    unused = workload.unused_rows(trace)[rows]
+    before = np.concatenate([[0], np.cumsum(unused)])[starts]
+    rows, starts = rows[unused], np.unique(before)
+    if len(rows) == 0:
+        return nothing_observed()
+    part = trace.at(rows)
+    guesses = np.zeros((0, 0, 0), np.int64)
+    if prediction is not None:
+        # Nothing of this part may be learned from what is replayed, so that it must learn online.
+        distance = prediction.distance
+        wanted = prediction.predictor.removesuffix("-offline")
+        name = resolve(part, wanted, distance, after_gate=prediction.after_gate)
+        prompts = [max(1, int((part.phase[a:b] == PREFILL).sum())) for a, b in pairwise(starts)]
+        steps = steps_of(
+            Workload(rows=np.arange(len(rows)), starts=starts, prompts=np.array(prompts))
+        )
+        found, _ = guess_signed(part, steps, name, prediction, model, seed)
+        guesses = np.empty_like(found)
+        guesses[steps.rows] = found
+    sequence = part.sequence.astype(np.int64)
+    return Offline(signed(part.experts, model.experts), sequence, guesses)
 
 
 def signed(ids: Any, experts: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.jit import store
 from moesim.policies.registry import choose
 from moesim.sim.engine import Choice, choose_machine, engine_module, hooks_module, hooks_of

@@ -10,10 +10,10 @@ from moesim.forecast import new_forecast
 from moesim.model import expert_bytes
 from moesim.policies.api import Plan, Setting, View
 from moesim.policies.registry import choose
+from moesim.policies.testing import make_model
 from moesim.profile import HardwareProfile, load_profile
 from moesim.run import prepare
 from moesim.sim.replay import Replayed, replay
-from moesim.testing import make_model
 from moesim.traces.format import Trace
 from moesim.traces.synthetic import synthesize
 from moesim.traces.workload import cut

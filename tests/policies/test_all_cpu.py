@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.policies.registry import choose
 
 COSTS = lab.make_costs(

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.errors import PolicyError
 from moesim.jit.store import disabled
 from moesim.policies.api import Setting

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.policies.api import Setting
 from moesim.policies.belady import NEVER, latest, new_future_cache, new_next_use
 from moesim.policies.oracle import FEW

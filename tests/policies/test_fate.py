@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.costs import copy_ns
 from moesim.errors import InputError, PolicyError
 from moesim.jit.store import disabled

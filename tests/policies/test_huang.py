@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.errors import InputError
 from moesim.model import expert_bytes, load_model
 from moesim.policies.api import CACHE, COMMANDS, Setting

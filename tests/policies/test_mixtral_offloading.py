@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.policies.api import CACHE, COMMANDS, STAGING, Setting
 from moesim.policies.registry import choose
 from moesim.sim.replay import Replayed

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moesim.policies.testing as lab
 import moesim.sim.replay
-import moesim.testing as lab
 from moesim.errors import DeadlockError, InputError, PolicyError
 from moesim.jit.store import disabled
 from moesim.jit.structs import Block

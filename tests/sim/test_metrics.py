@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.policies.api import Placement, Plan, Setting, View, run_on_cpu, run_on_gpu
 from moesim.policies.registry import choose
 from moesim.run import prepare

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-import moesim.testing as lab
+import moesim.policies.testing as lab
 from moesim.policies.api import Placement, Plan, Setting, View, run_on_cpu, run_on_gpu
 from moesim.policies.registry import choose
 from moesim.sim.metrics import link_bytes

@@ -14,6 +14,7 @@ COMMANDS = {
     "compile": "Compile the simulator and policies once, or clear what was compiled.",
     "hardware": "List the machines that moesim knows, or show one.",
     "models": "List the models that moesim knows, or show one.",
+    "plan": "Show how a policy comes to the settings that it computes.",
     "policies": "List the policies, their parameters, defaults and sources.",
     "record": "Record what the routers of a real model decide.",
     "replay": "Replay a routing trace through a policy on a simulated machine.",

@@ -1,6 +1,8 @@
 """For authors of policies: small runs with round numbers, each audited, and laws to inherit.
 
-    class TestMine(moesim.testing.PolicyConformance):
+    from moesim.policies.testing import PolicyConformance
+
+    class TestMine(PolicyConformance):
         policy = "path/to/mine.py"
 
 runs every law below on a policy, by its name, its file, or any text that `--policy` takes.
