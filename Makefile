@@ -12,7 +12,7 @@ replay: $(VENV)/.run  ## replay the trace that ships with moesim
 	$(BIN)/moesim replay --policy dali --cache-ratio 0.25 $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests; compiled code then checks its indices, too
-	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest $(ARGS)
+	NUMBA_BOUNDSCHECK=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 bench: $(VENV)/.dev  ## run the benchmarks, which assert counts and print times
 	$(BIN)/python -m pytest -m bench -s benchmarks $(ARGS)
@@ -34,7 +34,7 @@ wheel: $(VENV)/.dev  ## test what we ship: sdist -> wheel -> fresh venv, away fr
 	$(BIN)/python -m venv --without-pip build/venv
 	$(BIN)/python -m pip --python build/venv/bin/python install --quiet --constraint constraints.txt --group test build/dist/*.whl
 	cp -R tests build/tests
-	cd build && NUMBA_BOUNDSCHECK=1 venv/bin/python -m pytest -c ../pyproject.toml --rootdir . tests $(SAME)
+	cd build && NUMBA_BOUNDSCHECK=1 venv/bin/python -m pytest -n auto -c ../pyproject.toml --rootdir . tests $(SAME)
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .*_cache

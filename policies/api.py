@@ -26,6 +26,8 @@ import numpy as np
 
 from moesim.costs import Costs, copy_ns, part_bytes
 from moesim.forecast import NOW, Forecast, left_ns
+from moesim.model import ModelSpec
+from moesim.profile import HardwareProfile
 from moesim.types import GPU, H2D, NONE, WHOLE, FloatArray, IntArray
 
 AnyPolicy = TypeVar("AnyPolicy")
@@ -114,11 +116,12 @@ class Plan(NamedTuple):
 
 COMMANDS = (
     "run_on_gpu", "run_on_cpu", "run_shared", "fetch", "admit", "evict", "cancel", "promote",
-    "gate_after", "read",
+    "gate_after", "read", "resize",
 )  # fmt: skip
 (
     RUN_ON_GPU, RUN_ON_CPU, RUN_SHARED, FETCH, ADMIT, EVICT, CANCEL, PROMOTE, GATE_AFTER, READ,
-) = range(10)  # fmt: skip
+    RESIZE,
+) = range(11)  # fmt: skip
 
 
 def _order(
@@ -216,6 +219,16 @@ def read(plan: Plan, layer: int, expert: int) -> None:
     _order(plan, READ, layer, expert, 0, 0, 0, 0, 0)
 
 
+def resize(plan: Plan, layer: int, slots: int, slot_bytes: int) -> None:
+    """Give a layer's pool other slots; whatever is cached there is given up.
+
+    Slots are taken from those that other pools gave up before, and from `Placement.spare_slots`;
+    all together must stay within the budget. Legal in `before_attention` of layer 0, when nothing
+    runs: memory is divided anew between two steps.
+    """
+    _order(plan, RESIZE, layer, 0, slots, slot_bytes, 0, 0, 0)
+
+
 def arriving_ns(view: View, layer: int, expert: int) -> int:
     """Return how long an expert's weights on their way will still take; 0: all there, or absent."""
     ns = 0
@@ -253,6 +266,9 @@ class Prediction(NamedTuple):
     """Ids per token; 0: top_k."""
     recall: float = 0.9
     """Of the predictor `noisy-oracle`."""
+    wraps: bool = False
+    """For the next step's first layers, which a recorded guess leaves out, take that of
+    `wrap<distance>` if the trace holds it: the same router applied to what the last layers saw."""
 
 
 class Offline(NamedTuple):
@@ -296,6 +312,14 @@ class Setting(NamedTuple):
     future: IntArray = np.zeros((0, 4), np.int64)
     """(activations, 4): step, layer, expert and tokens of each, in this order, of the whole run;
     none but for a policy whose class is decorated with `sees_future`."""
+    gpu_memory_bytes: int = 1 << 60
+    """All of the GPU's memory, of which the budget is a part."""
+    host_memory_bytes: int = 1 << 60
+    model: ModelSpec | None = None
+    machine: HardwareProfile | None = None
+    """For planners, which may need what the costs do not say; None where they are not known."""
+    kv_tokens: int = 0
+    """Tokens whose keys and values are kept at the end of the run, over all sequences."""
     offline: Callable[..., Offline] = nothing_observed
     """Given a Prediction or nothing, what was observed beforehand and what would have been guessed;
     a predictor that learns offline guesses here as it would online."""
@@ -327,6 +351,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """(L,)."""
     cached_precision: int = NONE
     """Of what is resident at the start; -1: as stored."""
+    spare_slots: int = 0
+    """Slots without a size, for pools that `resize` gives more than they have."""
     staging_slots: int = 0
     staging_slot_bytes: int = 0
     """0: one whole expert as stored."""
@@ -342,6 +368,13 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """An expert runs once per batch (Klotski's port) instead of once for all."""
     kv_on_host: bool = False
     dense_on_host: bool = False
+    attention_on_cpu: bool = False
+    """In decode the CPU attends to the keys and values, which are on the host and stay there; the
+    projections remain on the GPU (MoE-Lightning)."""
+    sync_batches: bool = False
+    """The host waits for everything, copies included, after the attention of each batch and after
+    each layer, while the next batch's keys and values, or the next layer's weights outside the
+    experts, are on their way (FlexGen's released code)."""
     on_disk: IntArray | None = None
     """(L, E): 1 where an expert's home is the disk; none: all are in host memory."""
     notices: tuple[str, ...] = ()

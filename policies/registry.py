@@ -17,17 +17,26 @@ from moesim.errors import InputError
 from moesim.policies.api import HOOKS, Policy, Setting
 
 BUILTIN = {
+    "adapmoe": "moesim.policies.adapmoe:AdapMoe",
     "all-cpu": "moesim.policies.all_cpu:AllCpu",
     "all-gpu": "moesim.policies.all_gpu:AllGpu",
     "belady": "moesim.policies.belady:Belady",
     "dali": "moesim.policies.dali:Dali",
     "fate": "moesim.policies.fate:Fate",
     "fiddler": "moesim.policies.fiddler:Fiddler",
+    "flexgen": "moesim.policies.flexgen:FlexGen",
     "huang": "moesim.policies.huang:Huang",
+    "hybrimoe": "moesim.policies.hybrimoe:HybriMoE",
+    "klotski": "moesim.policies.klotski:Klotski",
+    "ktransformers": "moesim.policies.ktransformers:KTransformers",
     "lru": "moesim.policies.lru:Lru",
     "mixtral-offloading": "moesim.policies.mixtral_offloading:MixtralOffloading",
+    "moe-infinity": "moesim.policies.moe_infinity:MoeInfinity",
+    "moepic": "moesim.policies.moepic:Moepic",
+    "moe-lightning": "moesim.policies.moe_lightning:MoeLightning",
     "on-demand": "moesim.policies.on_demand:OnDemand",
     "oracle": "moesim.policies.oracle:Oracle",
+    "pregated": "moesim.policies.pregated:Pregated",
     "static": "moesim.policies.static:Static",
 }
 GROUP = "moesim.policies"
@@ -143,7 +152,7 @@ def check(name: str, cls: type) -> type:
         if (
             not attribute.startswith("_")
             and attribute not in fields
-            and attribute not in (*HOOKS, "new", "place")
+            and attribute not in (*HOOKS, "new", "place", "plan")
             and (inspect.isfunction(value) or isinstance(value, classmethod | staticmethod))
         ):
             raise InputError(

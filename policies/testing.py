@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moesim.audit import audit
-from moesim.costs import Costs
+from moesim.costs import CONTEXT_UNIT, Costs
 from moesim.errors import PolicyError
 from moesim.log import Log
 from moesim.model import GroupedQuery, ModelSpec
@@ -24,7 +24,7 @@ from moesim.policies.registry import Chosen, choose
 from moesim.profile import HardwareProfile, load_profile, with_overrides
 from moesim.run import Prepared, prepare
 from moesim.sim.replay import Replayed, replay
-from moesim.traces.format import Trace
+from moesim.traces.format import MISSING, Trace
 from moesim.traces.workload import cut
 from moesim.types import DATASHEET, KINDS, LANE_OF_QUEUE, LANES, PHASES, IntArray
 
@@ -40,12 +40,14 @@ def flat(ns: int, tokens: int = TOKENS) -> IntArray:
 def make_costs(
     layers: int = 1, *, attention: int = 0, gate: int = 0, gpu: int = 0, cpu: int = 0,
     combine: int = 0, head: int = 0, shared: int = 0, copy_ns_per_kib: int = 0, latency: int = 0,
-    token_bytes: int = 0, kv_bytes: int = 0, dense_bytes: int = 0, tokens: int = TOKENS,
+    token_bytes: int = 0, kv_bytes: int = 0, dense_bytes: int = 0, cpu_context: int = 0,
+    tokens: int = TOKENS,
 ) -> Costs:  # fmt: skip
     """Return costs in round numbers: an expert has 1024 bytes at 16 bits, 512 at 8, and so on.
 
     Copies take `latency` and `copy_ns_per_kib` for each 1024 bytes, in both directions and from
-    disk; with 0 they take the latency and 1 ns. Numbers that do not divide evenly are refused.
+    disk; with 0 they take the latency and 1 ns. The CPU takes `cpu_context` for each token that it
+    attends to. Numbers that do not divide evenly are refused.
     """
     bytes_per_ms = 1024 * 1_000_000 // copy_ns_per_kib if copy_ns_per_kib else 1 << 50
     assert copy_ns_per_kib == 0 or 1024 * 1_000_000 % copy_ns_per_kib == 0
@@ -56,6 +58,8 @@ def make_costs(
         expert_cpu_ns=np.array([flat(cpu, tokens)] * 4),
         attention_ns=flat(attention, tokens),
         context_fp=np.zeros(len(PHASES), np.int64),
+        cpu_attention_ns=0,
+        cpu_context_fp=cpu_context * CONTEXT_UNIT,
         dense_ns=flat(0, tokens),
         dense_before=np.zeros(layers, np.int64),
         gate_ns=flat(gate, tokens),
@@ -167,13 +171,27 @@ def run(
 
     `options` are those of `prepared`.
     """
-    done = replay(
-        prepared(policy, choices, costs, seed=seed, **options),
-        machine=on, seed=seed, jitter=jitter, record=True, progress=progress,
-    )  # fmt: skip
+    ready = prepared(policy, choices, costs, seed=seed, **options)
+    return audited(ready, machine=on, seed=seed, jitter=jitter, progress=progress)
+
+
+def audited(ready: Prepared, **options: Any) -> Replayed:
+    """Replay a prepared run and audit its log; `options` are those of `sim.replay.replay`."""
+    done = replay(ready, record=True, **options)
     assert done.log is not None
     audit(done.log)
     return done
+
+
+def with_another_tail(before: Prepared, step: int, seed: int = 0) -> Prepared:
+    """Return a run in which routers choose differently from a step on, and guesses are the same."""
+    feed = before.feed
+    chosen = feed.chosen.copy()
+    tail = chosen[feed.steps.offset[step, 0] :]
+    rng = np.random.default_rng(seed)
+    for choice in tail.reshape(-1, tail.shape[-1]):
+        choice[:] = rng.permutation(before.setting.experts)[: len(choice)]
+    return before._replace(feed=feed._replace(chosen=chosen))
 
 
 def placement(
@@ -234,6 +252,13 @@ def lane_of(log: Log, ticket: int) -> int:
     return LANE_OF_QUEUE[log.operations[ticket - 1]["queue"]]
 
 
+ORDERED = (
+    "ticket", "step", "queue", "kind", "layer", "expert", "batch", "amount", "context", "part",
+    "precision", "cause", "slot", "after", "submit_ns",
+)  # fmt: skip
+"""What an order is, as a log has it; whatever may still happen to it left out."""
+
+
 class PolicyConformance:
     """Laws of every policy, as tests to inherit: set `policy` to what `--policy` would be given.
 
@@ -244,21 +269,30 @@ class PolicyConformance:
     needs_gpu = True
     """False for a policy that works without any expert on the GPU."""
 
-    def replay(
+    def prepare(
         self, *, layers: int = 2, experts: int = 6, top_k: int = 2, tokens: int = 6,
-        prompts: Sequence[int] = (2,), slots: int = 8, seed: int = 0,
-    ) -> Replayed:  # fmt: skip
-        """Replay random choices through a fresh policy."""
+        prompts: Sequence[int] = (2,), slots: int = 8, seed: int = 0, choices: Any = None,
+    ) -> Prepared:  # fmt: skip
+        """Return a run of choices (tokens, layers, top_k), by default random, through a policy."""
         rng = np.random.default_rng(seed)
-        choices = [[rng.permutation(experts)[:top_k] for _ in range(layers)] for _ in range(tokens)]
+        if choices is None:
+            cells = range(tokens * layers)
+            drawn = np.array([rng.permutation(experts)[:top_k] for _ in cells])
+            choices = drawn.reshape(tokens, layers, top_k)
+        layers = np.shape(choices)[1]
         costs = make_costs(
-            layers, attention=90, gate=10, gpu=40, cpu=70, combine=5, head=9, copy_ns_per_kib=200
-        )
+            layers, attention=90, gate=10, gpu=40, cpu=70, combine=5, head=9, copy_ns_per_kib=200,
+            kv_bytes=64, dense_bytes=512, cpu_context=20,
+        )  # fmt: skip
         machine = quiet_machine("interference=[{busy: [cpu, h2d], slow: {cpu: 0.5, h2d: 0.8}}]")
-        return run(
+        return prepared(
             choose(self.policy), choices, costs, experts=experts, slots=slots, prompts=prompts,
             machine=machine, seed=seed,
         )  # fmt: skip
+
+    def replay(self, **options: Any) -> Replayed:
+        """Replay random choices; `options` are those of `prepare`."""
+        return audited(self.prepare(**options), seed=options.get("seed", 0))
 
     def test_random_choices(self) -> None:
         """Every order is legal, whatever the router chooses."""
@@ -272,6 +306,29 @@ class PolicyConformance:
         assert second is not None
         assert (first.operations == second.operations).all()
         assert (first.segments == second.segments).all()
+
+    def test_nothing_depends_on_what_comes_later(self) -> None:
+        """Let routers choose differently from a step on: all that was ordered before is the same.
+
+        Policies that declare to see the future are excepted.
+        """
+        if getattr(choose(self.policy).cls, "declares_future", False):
+            return
+        for seed in range(8):
+            options = {"seed": seed, "tokens": 9, "prompts": (1 + seed % 3,), "layers": 3}
+            cut = 2 + seed % 4
+            first = audited(self.prepare(**options))  # type: ignore[arg-type]
+            other = with_another_tail(self.prepare(**options), cut, seed)  # type: ignore[arg-type]
+            second = audited(other)
+            assert first.log is not None
+            assert second.log is not None
+            # What is cancelled or promoted later was ordered before all the same.
+            before = [
+                log.operations[log.operations["step"] < cut][list(ORDERED)]
+                for log in (first.log, second.log)
+            ]
+            assert len(before[0]) > 0
+            assert (before[0] == before[1]).all()
 
     def test_one_slot(self) -> None:
         """The smallest budget that holds an expert is enough."""
@@ -297,6 +354,25 @@ class PolicyConformance:
     def test_every_expert_active(self) -> None:
         """All experts are needed at once, and few fit."""
         self.replay(top_k=6, slots=4)
+
+    def test_a_layer_that_needs_no_expert(self) -> None:
+        """Nothing was routed in one layer, now and then, nor in a whole step."""
+        choices = np.full((7, 3, 2), MISSING)
+        choices[[0, 2, 3, 6]] = [[0, 3], [1, MISSING], [2, 5]]
+        choices[3, 0] = choices[6, 2] = MISSING
+        self.replay(choices=choices)
+
+    def test_all_tokens_on_one_expert(self) -> None:
+        """The same expert in every layer, for every token of prompts and decoding."""
+        self.replay(choices=np.full((9, 3, 1), 4), prompts=(4, 2, 1))
+
+    def test_decoding_alone(self) -> None:
+        """A prompt of a single token, and many steps."""
+        self.replay(tokens=16, prompts=(1,))
+
+    def test_a_group(self) -> None:
+        """As many sequences as a policy may want to split into batches."""
+        self.replay(tokens=24, prompts=(1, 2, 1, 3, 1, 2, 1, 1), slots=5)
 
     def test_a_prompt_alone(self) -> None:
         """Nothing is decoded."""

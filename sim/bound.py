@@ -11,7 +11,8 @@ must have waited for the gates (one synchronisation) and launches at least one o
 that. A step begins when the host has waited for the HEAD before it. Whatever the policy, the
 makespan contains attention, gates, COMBINE and HEAD of every layer and step, and these pauses.
 Several batches compute as much in pieces: n tokens take at least n times the least time per token
-of any number up to n.
+of any number up to n. In decode the CPU may attend to the context instead: then either device has
+its share to do, side by side for different batches, so that the larger one counts if that is less.
 
 **Experts.** Between these pauses and the COMBINE, each active expert is computed on the GPU, in
 sequence with the shared experts, or on the CPU, before and after which the activations cross the
@@ -49,7 +50,7 @@ import numpy as np
 
 from moesim.costs import CONTEXT_UNIT, Costs, copy_ns
 from moesim.run import Prepared
-from moesim.types import BITS, D2H, H2D, FloatArray, IntArray
+from moesim.types import BITS, D2H, DECODE, H2D, FloatArray, IntArray
 
 
 class Bound(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +141,11 @@ def work_of(prepared: Prepared, allowed: Sequence[int]) -> Work:
     attended = -(-steps.context.sum(axis=1) * costs.context_fp[steps.phase] // CONTEXT_UNIT)
     before = costs.dense_before[:, None]
     attention = (before + 1) * (per_token[0][tokens] + attended) + before * per_token[1][tokens]
+    by_cpu = -(-steps.context.sum(axis=1) * costs.cpu_context_fp // CONTEXT_UNIT)
+    by_cpu = (before + 1) * (costs.cpu_attention_ns + by_cpu)
+    projected = attention - (before + 1) * attended
+    divided = np.minimum(attention, np.maximum(projected, by_cpu))
+    attention = np.where(steps.phase == DECODE, divided, attention)
     gate = least(costs.gate_ns, split)[tokens]
     pause = host.per_sync_ns + host.per_launch_ns
     layer_ns = attention.sum(axis=0) + setting.layers * (gate + pause + costs.combine_ns[tokens])

@@ -28,17 +28,17 @@ from moesim.types import (
     KV_IN,
     KV_OUT,
     LANES,
-    MOVE,
     OUTCOMES,
     PHASES,
     PREFETCH,
+    RESIZE,
     RETURN,
     SEND,
     SOURCES,
     SWAP,
 )
 
-TIMES = (*KINDS[: MOVE + 1], *(f"wait_{what}" for what in WAITS))
+TIMES = (*KINDS[: RESIZE + 1], *(f"wait_{what}" for what in WAITS))
 """Keys of `time_ns`: what the GPU does, and what it waits for when it does nothing."""
 
 WAITS_IN_WORDS = {

@@ -124,6 +124,7 @@ def replay(
     """
     host = prepared.host
     initial = contents(host.res) if record else ()
+    slot_bytes = host.res.slot_bytes.copy()
     run = start(prepared, machine, seed=seed, jitter=jitter, record=record)
     steps = len(host.steps.phase)
     started = time.perf_counter()
@@ -141,7 +142,7 @@ def replay(
             operations=operations,
             segments=segments,
             initial=initial,
-            slot_bytes=host.res.slot_bytes,
+            slot_bytes=slot_bytes,
             budget_bytes=prepared.setting.budget_bytes,
             loads=loads_of(prepared),
             batch_tokens=np.diff(host.steps.offset, axis=1),
@@ -153,6 +154,7 @@ def replay(
             chunk_bytes=prepared.chunk_bytes,
             rates=prepared.profile.rates(),
             exact=True,
+            attention_on_cpu=prepared.placement.attention_on_cpu,
         )
     tickets, preemptions, paused_ns = run.counts()
     return Replayed(

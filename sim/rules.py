@@ -10,8 +10,8 @@ from moesim.types import (
     KINDS,
     KV_IN,
     KV_OUT,
-    MOVE,
     QUEUES,
+    RESIZE,
     IntArray,
 )
 
@@ -24,10 +24,10 @@ FINEST = 1 << 62
 WAITS = ("weights", "cpu", "host", "kv", "dense", "disk")
 """What the GPU may have to wait for."""
 WAIT_WEIGHTS, WAIT_CPU, WAIT_HOST, WAIT_KV, WAIT_DENSE, WAIT_DISK = range(
-    MOVE + 1, MOVE + 1 + len(WAITS)
+    RESIZE + 1, RESIZE + 1 + len(WAITS)
 )
-TIMES = MOVE + 1 + len(WAITS)
-"""Time is split into the kinds of the GPU lane, 0..MOVE, and these waits."""
+TIMES = RESIZE + 1 + len(WAITS)
+"""Time is split into the kinds of the GPU lane, 0..RESIZE, and these waits."""
 
 
 class Totals(NamedTuple):

@@ -30,6 +30,7 @@ from moesim.types import (
     LANES,
     MOVE,
     PREDICT,
+    RESIZE,
     RETURN,
     SEND,
     SHARED,
@@ -309,8 +310,30 @@ def moved() -> Draft:
     return d
 
 
+def divided() -> Draft:
+    """After step 0 the memory of slot 1 becomes slot 2, into which expert 1 is copied again."""
+    d = Draft(loads=[[[2, 0]], [[0, 2]]], slots=2)
+    d.rules["slot_bytes"] = np.array([EXPERT_BYTES, EXPERT_BYTES, 0])
+    d.rules["initial"] = (Contents(0, 0, 0, WHOLE, 0), Contents(0, 1, 1, WHOLE, 0))
+    for step, begin in ((0, 0), (1, 30)):
+        s: dict[str, Any] = {"step": step, "submit_ns": begin}
+        if step == 1:
+            d.add("shrink", RESIZE, (30, 30), slot=1, amount=0, **s)
+            d.add("grow", RESIZE, (30, 30), slot=2, amount=EXPERT_BYTES, **s)
+            d.add("copy", COPY_IN, (30, 38), expert=1, slot=2, after=["grow"], **s)
+        d.add(f"attention{step}", ATTENTION, (begin, begin + 10), **s)
+        d.add(f"gate{step}", GATE, (begin + 10, begin + 12), after=[f"attention{step}"], **s)
+        s["submit_ns"] = begin + 12
+        slot, after = (2, ["copy"]) if step else (0, [])
+        run = (begin + 12, begin + 22)
+        d.add(f"run{step}", EXPERT_GPU, run, expert=step, slot=slot, after=after, **s)
+        d.add(f"combine{step}", COMBINE, (begin + 22, begin + 24), **s)
+        d.add(f"head{step}", HEAD, (begin + 24, begin + 30), **s)
+    return d
+
+
 DRAFTS = [one_miss, preempted, promoted, two_pieces, on_the_cpu, interference, offloaded, moved]
-DRAFTS += [three_batches]
+DRAFTS += [three_batches, divided]
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -348,6 +371,14 @@ def cancel_late(d: Draft) -> Draft:
     """Let the lane be idle before a copy is cancelled that could have run."""
     d.add("never", COPY_IN, submit_ns=12, cancel_ns=90, queue=H2D_BACKGROUND, expert=0, slot=2)
     return d
+
+
+def outgrown(d: Draft) -> Draft:
+    """Let a copy into slot 1 be under way when that slot is given up."""
+    rows = {"early": {**d.rows["copy"], "step": 0, "submit_ns": 12, "slot": 1}}
+    at = list(d.rows).index("shrink")
+    d.rows = dict([*list(d.rows.items())[:at], *rows.items(), *list(d.rows.items())[at:]])
+    return d.lax().run("early", (12, 35)).run("copy", (35, 38))
 
 
 def keep_in_one_layer(d: Draft) -> Draft:
@@ -426,6 +457,24 @@ WORK = [
 ]
 
 WEIGHTS = [
+    broken(
+        divided,
+        "weights: slots of 3072 bytes, a budget of 2048",
+        lambda d: d.change("shrink", amount=EXPERT_BYTES),
+    ),
+    broken(divided, "weights: slots of 2049 bytes", lambda d: d.change("grow", amount=1025)),
+    broken(divided, "a slot of 1023 bytes cannot hold", lambda d: d.change("grow", amount=1023)),
+    broken(divided, "form: step, layer, expert", lambda d: d.change("grow", slot=3)),
+    broken(
+        divided,
+        "a slot is resized after its last use",
+        outgrown,
+    ),
+    broken(
+        divided,
+        "reused after its last use",
+        lambda d: d.lax().run("grow", (31, 31)).run("attention1", (31, 40)),
+    ),
     broken(
         moved,
         "reused after its last use",

@@ -2,12 +2,16 @@
 
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
+import moesim.policies.testing as lab
 from moesim.errors import InputError
-from moesim.policies.registry import BUILTIN, load_class
+from moesim.policies.api import Placement, Plan, Setting, View, run_on_cpu, run_on_gpu
+from moesim.policies.registry import BUILTIN, Chosen, load_class
 from moesim.policies.testing import PolicyConformance
+from moesim.run import Prepared
 
 
 class TestDali(PolicyConformance):
@@ -22,6 +26,10 @@ class TestLru(PolicyConformance):
     policy = "lru"
 
 
+class TestLruByFrequency(PolicyConformance):
+    policy = "lru:rule=lfu"
+
+
 class TestStatic(PolicyConformance):
     policy = "static"
     needs_gpu = False
@@ -34,6 +42,42 @@ def test_no_policy_is_left_out() -> None:
     for name in BUILTIN:
         assert re.search(rf"\"{name}[\":]", suites), name
         assert issubclass(load_class(name), tuple)
+
+
+LAST: list[int] = [0]
+"""The last choice of the run: what nobody can know before its end."""
+
+
+class Peeking(NamedTuple):
+    """Decides by what the last router will choose."""
+
+    @classmethod
+    def new(cls, setting: Setting) -> "Peeking":
+        return cls()
+
+    def place(self, setting: Setting) -> Placement:
+        return lab.placement(setting, slots=0)
+
+    def dispatch(self, view: View, plan: Plan) -> None:
+        for expert in view.active[: view.n_active]:
+            run_on_gpu(plan, expert) if LAST[0] % 2 else run_on_cpu(plan, expert)
+
+
+def test_a_policy_that_sees_the_future_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Peeks(PolicyConformance):
+        policy = "peeking"
+
+    audited = lab.audited
+
+    def look_and_replay(ready: Prepared, **options: Any) -> Any:
+        LAST[0] = int(ready.feed.chosen[-1, -1, -1])
+        return audited(ready, **options)
+
+    monkeypatch.setattr(lab, "audited", look_and_replay)
+    monkeypatch.setattr(lab, "choose", lambda _: Chosen("peeking", Peeking, {}))
+    with pytest.raises(AssertionError):
+        Peeks().test_nothing_depends_on_what_comes_later()
+    Peeks().test_random_choices()
 
 
 def test_a_misspelt_name_is_not_taken_for_a_policy() -> None:

@@ -19,10 +19,12 @@ from moesim.policies.api import (
     View,
     evict,
     fetch,
+    resize,
     run_on_cpu,
     run_on_gpu,
 )
 from moesim.sim.metrics import TIMES
+from moesim.sim.rules import WAIT_WEIGHTS
 from moesim.traces.format import MISSING
 from moesim.types import WHOLE
 
@@ -62,7 +64,7 @@ def test_one_layer_two_experts_one_miss() -> None:
     assert lab.makespan_ns(done) == end
     time_ns = done.heads[-1].time_ns
     waited = arrived - (known + 40)
-    assert time_ns[8] == waited == 160  # for weights
+    assert time_ns[WAIT_WEIGHTS] == waited == 160  # for weights
     assert sum(time_ns) == end
 
 
@@ -112,7 +114,7 @@ def test_a_prefetch_is_fully_hidden() -> None:
 
     no_copy = 2 * (100 + 10 + 40 + 5) + 7
     assert lab.makespan_ns(done) == no_copy
-    assert done.heads[-1].time_ns[8] == 0
+    assert done.heads[-1].time_ns[WAIT_WEIGHTS] == 0
     assert lab.spans(done, "copy_in") == [("h2d", "copy_in", 1, 1, 110, 235)]
     assert done.prepared.host.counts[0, :, 0].tolist() == [1, 1, 0, 0, 0]  # resident, arrived
 
@@ -127,7 +129,7 @@ def test_a_prefetch_that_is_late_costs_its_remaining_time() -> None:
     gate_done = 110 + 45 + 110
     arrived = 110 + 320
     assert lab.makespan_ns(done) == arrived + 40 + 5 + 7
-    assert done.heads[-1].time_ns[8] == arrived - gate_done
+    assert done.heads[-1].time_ns[WAIT_WEIGHTS] == arrived - gate_done
     assert done.prepared.host.counts[0, :, 0].tolist() == [1, 0, 1, 0, 0]  # resident, late
 
 
@@ -465,3 +467,43 @@ def test_whole_is_the_sum_of_its_parts() -> None:
     ns = [duration_ns(costs, 0, EXPERT_GPU, 0, 1, a, b - a, 0) for a, b in pieces]
     size = [part_bytes(costs, 0, 0, a, b - a) for a, b in pieces]
     assert (sum(ns), sum(size)) == (997, lab.EXPERT_BYTES)
+
+
+class Dividing(NamedTuple):
+    """In step 0 layer 0 has two whole experts; in step 1 their memory becomes four halves of it."""
+
+    @classmethod
+    def new(cls, setting: Setting) -> "Dividing":
+        return cls()
+
+    def place(self, setting: Setting) -> Placement:
+        return lab.placement(setting, [(0, 0), (0, 1)], staging=1, spare_slots=2)
+
+    def before_attention(self, view: View, plan: Plan) -> None:
+        if view.step == 1:
+            resize(plan, 0, 4, 512)
+            for expert in range(4):
+                fetch(plan, 0, expert, 512, into=CACHE)
+
+    def dispatch(self, view: View, plan: Plan) -> None:
+        for expert in view.active[: view.n_active]:
+            run_on_gpu(plan, expert)
+
+
+def test_memory_is_divided_anew_between_two_steps() -> None:
+    """Step 0 takes 100 + 10 + 2 x 40 + 5 + 9 = 204. Then four halves of 128 each are copied.
+
+    At 314 the rest of expert 2 is demanded, and overtakes all but the first: its run of 2 x 20
+    begins when its own half is there.
+    """
+    costs = lab.make_costs(attention=100, gate=10, gpu=40, combine=5, head=9, copy_ns_per_kib=256)
+    machine = lab.quiet_machine("link.chunk_bytes=4096")
+    done = lab.run(Dividing, [[[0, 1]], [[2, MISSING]]], costs, slots=3, machine=machine)
+
+    resizes = lab.spans(done, "resize")
+    assert [(s.start_ns, s.end_ns) for s in resizes] == [(204, 204)] * 6
+    copies = [(s.expert, s.start_ns, s.end_ns) for s in lab.spans(done, "copy_in")]
+    assert copies == [(e, 204 + 128 * i, 332 + 128 * i) for i, e in enumerate((0, 2, 1, 2, 3))]
+    ran = [(s.start_ns, s.end_ns) for s in lab.spans(done, "expert_gpu") if s.expert == 2]
+    assert ran == [(716, 736), (736, 756)]
+    assert lab.makespan_ns(done) == 756 + 5 + 9

@@ -97,6 +97,13 @@ CASES: list[tuple[str, Order, str, dict[str, Any]]] = [
     ("dispatch", lambda v, p: api.run_on_gpu(p, 0, 7), "piece BOTH, FIRST or REST", {}),
     ("dispatch", lambda v, p: api.fetch(p, 1, 3, WHOLE, 4), "no such precision", {}),
     ("dispatch", twice, "shared experts run once, in dispatch", {}),
+    ("before_gate", lambda v, p: api.resize(p, 0, 1, 9), "before the attention of layer 0", {}),
+    ("before_attention", lambda v, p: api.resize(p, 1, 3, 9) if v.layer else None,
+     "before the attention of layer 0", {}),
+    ("before_attention", lambda v, p: api.resize(p, 1, 4, 9), "as many slots as it has",
+     {"spare_slots": 1}),
+    ("before_attention", lambda v, p: api.resize(p, 1, 1, -9), "of 0 bytes or more", {}),
+    ("before_attention", lambda v, p: api.resize(p, 1, 1, 17 * 1024), "larger than the budget", {}),
     ("routed", lambda v, p: api.run_shared(p), "shared experts run once, in dispatch", {}),
 ]  # fmt: skip
 
@@ -135,6 +142,7 @@ PLACEMENTS: list[tuple[dict[str, Any], str]] = [
     ({"cache_slot_bytes": np.array([1024])}, "cache_slot_bytes="),
     ({"pool_of_layer": np.array([0, 2])}, "pool_of_layer="),
     ({"pool_of_layer": np.array([0])}, "pool_of_layer="),
+    ({"spare_slots": -1}, "spare_slots="),
     ({"staging": -1}, "staging_slots="),
     ({"staging_slot_bytes": -1}, "staging_slot_bytes="),
     ({"cached_precision": 4}, "cached_precision="),

@@ -1,14 +1,14 @@
 """Cache rules: who leaves a layer's cache when another expert enters.
 
 A rule is told what happens (`..._enter`, `..._use`, `..._leave`) and names a victim; it holds no
-slots and moves nothing. LRU and FIFO are one order of experts per layer, oldest first.
+slots and moves nothing. LRU, FIFO and LFU are one order of experts per layer, oldest first.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from moesim.types import NONE, IntArray
+from moesim.types import NONE, FloatArray, IntArray
 
 
 class Order(NamedTuple):
@@ -69,6 +69,29 @@ def fifo_use(order: Order, layer: int, expert: int) -> None:
     """First in, first out: a hit changes nothing."""
 
 
+def lfu_use(order: Order, uses: IntArray, layer: int, expert: int) -> None:
+    """Least frequently used: count, from admission on; of equals the youngest stays longest."""
+    uses[layer, expert] += 1
+    order_append(order, layer, expert)
+
+
+def order_least(order: Order, uses: IntArray, layer: int, protected: IntArray) -> int:
+    """Return the oldest of the experts used least that have no tokens in `protected`, or NONE.
+
+    `uses` (layers, experts) are 1 or more where they are counted, and 0 where they are not.
+    """
+    end = order.after.shape[1] - 1
+    victim = NONE
+    expert: int = order.after[layer, end]
+    while expert != end:
+        if protected[expert] == 0 and (victim == NONE or uses[layer, expert] < uses[layer, victim]):
+            victim = expert
+            if uses[layer, expert] <= 1:
+                return victim
+        expert = order.after[layer, expert]
+    return victim
+
+
 class Window(NamedTuple):
     """DALI's workload-aware cache (arXiv 2602.03495, section 4.3 and Algorithm 2)."""
 
@@ -102,8 +125,8 @@ def window_due(window: Window, layer: int, size: int, early: int) -> bool:
     return (done - 1 if early else done) % size == 0
 
 
-COUNTER, LRU, FIFO = range(3)
-"""What a hit does to its way: counts up, makes it the youngest, or nothing."""
+COUNTER, LRU, FIFO, LFU = range(4)
+"""What a hit does: counts up, makes its expert the youngest, nothing, or both of the first two."""
 
 
 class Ways(NamedTuple):
@@ -164,3 +187,117 @@ def way_fill(ways: Ways, layer: int, way: int, expert: int) -> None:
     """Put an expert into a way, instead of what was there."""
     ways.tag[layer, way] = expert
     way_youngest(ways, layer, way)
+
+
+def mrs_update(
+    score: FloatArray, layer: int, ids: IntArray, weights: FloatArray, rows: int, alpha: float
+) -> None:
+    """HybriMoE's "minus recent score" (arXiv 2504.05897): S = alpha * s + (1 - alpha) * S.
+
+    s is the mean of an expert's router weights over the first `rows` rows of `ids` and `weights`
+    (tokens, top_k), 0 where it was not chosen.
+    """
+    for expert in range(score.shape[1]):
+        score[layer, expert] *= 1.0 - alpha
+    for row in range(rows):
+        for rank in range(ids.shape[1]):
+            if ids[row, rank] != NONE:
+                score[layer, ids[row, rank]] += alpha * weights[row, rank] / rows
+
+
+def lowest(score: FloatArray, kept: IntArray, layer: int, protected: IntArray) -> int:
+    """Return the layer's expert with the lowest score, of equals the lowest id, or NONE.
+
+    Of those that are `kept` (layers, experts), and have no tokens in `protected`.
+    """
+    victim = NONE
+    for expert in range(score.shape[1]):
+        if (
+            kept[layer, expert] > 0
+            and protected[expert] == 0
+            and (victim == NONE or score[layer, expert] < score[layer, victim])
+        ):
+            victim = expert
+    return victim
+
+
+class Lcp(NamedTuple):
+    """Least cache priority (MoEpic, arXiv 2509.08342): uses, which count for less as time goes by.
+
+    An expert's priority is `uses * rho ** (idle / omega)`, idle being the tokens since it was last
+    active. It counts cached or not.
+    """
+
+    uses: IntArray
+    """(layers, experts): tokens that chose it so far."""
+    last: IntArray
+    """(layers, experts): clock of its layer at the last of them."""
+    clock: IntArray
+    """(layers,): tokens of a prompt one by one; a step of decoding is one, however many tokens."""
+    held: IntArray
+    """(layers, experts): 1 for what is cached."""
+    since: IntArray
+    """(layers, experts): when it was cached, in order."""
+    entries: IntArray
+    """(1,)."""
+    decay: FloatArray
+    """(idle,): tabulated, so that compiled and plain code have the same last bits."""
+
+
+def new_lcp(layers: int, experts: int, rho: float = 0.25, omega: int = 128) -> Lcp:
+    """Return a cache of nothing, before the first token."""
+    shape = (layers, experts)
+    return Lcp(
+        uses=np.zeros(shape, np.int64),
+        last=np.zeros(shape, np.int64),
+        clock=np.zeros(layers, np.int64),
+        held=np.zeros(shape, np.int64),
+        since=np.zeros(shape, np.int64),
+        entries=np.zeros(1, np.int64),
+        decay=rho ** (np.arange(1 << 16) / omega),
+    )
+
+
+def lcp_count(lcp: Lcp, layer: int, ids: IntArray, tokens: int, one_by_one: int) -> None:
+    """Count a layer step's tokens, before anything is evicted."""
+    start = lcp.clock[layer]
+    for token in range(tokens):
+        for k in range(ids.shape[1]):
+            expert = ids[token, k]
+            if expert != NONE:
+                lcp.uses[layer, expert] += 1
+                lcp.last[layer, expert] = start + (token if one_by_one else 0) + 1
+    lcp.clock[layer] = start + (tokens if one_by_one else 1)
+
+
+def lcp_priority(lcp: Lcp, layer: int, expert: int) -> float:
+    """Return an expert's priority; 0 if it was never active, or too long ago."""
+    idle = lcp.clock[layer] - lcp.last[layer, expert]
+    if idle >= len(lcp.decay):
+        return 0.0
+    priority: float = lcp.uses[layer, expert] * lcp.decay[idle]
+    return priority
+
+
+def lcp_victim(lcp: Lcp, layer: int, protected: IntArray) -> int:
+    """Return the cached expert of the lowest priority, of equals the one cached first, or NONE."""
+    victim = NONE
+    lowest = 0.0
+    for expert in range(lcp.held.shape[1]):
+        if lcp.held[layer, expert] == 1 and protected[expert] == 0:
+            priority = lcp_priority(lcp, layer, expert)
+            if (
+                victim == NONE
+                or priority < lowest
+                or (priority == lowest and lcp.since[layer, expert] < lcp.since[layer, victim])
+            ):
+                victim = expert
+                lowest = priority
+    return victim
+
+
+def lcp_enter(lcp: Lcp, layer: int, expert: int) -> None:
+    """Note that an expert is cached from now on."""
+    lcp.held[layer, expert] = 1
+    lcp.since[layer, expert] = lcp.entries[0]
+    lcp.entries[0] += 1

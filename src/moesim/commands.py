@@ -17,6 +17,7 @@ from moesim.policies.api import (
     FIRST,
     GATE_AFTER,
     PROMOTE,
+    RESIZE,
     REST,
     RUN_ON_CPU,
     RUN_ON_GPU,
@@ -29,6 +30,7 @@ from moesim.residency import (
     PENDING_FIRST,
     PENDING_LAST,
     PREFETCHED,
+    SPARE,
     URGENT,
     USED,
     copy_in,
@@ -41,6 +43,7 @@ from moesim.residency import (
     queue_pending,
     read_from_disk,
     renew,
+    resize_pool,
     stage,
     staging_pool,
     staging_slot,
@@ -53,6 +56,7 @@ from moesim.state import (
     BAD_HOOK,
     BAD_PART,
     BAD_PRECISION,
+    BAD_SLOTS,
     BAD_STEP,
     COMPUTED,
     COMPUTED_DEFERRED,
@@ -73,6 +77,8 @@ from moesim.state import (
     NOT_STAGED,
     NOTHING_FIRST,
     OK,
+    OVER_BUDGET,
+    RESIZES_LATE,
     SENT,
     SHARED_TWICE,
     STAGES_PART,
@@ -170,6 +176,8 @@ def carry_out_one(  # noqa: PLR0911  one answer per command
         return OK
     if code == GATE_AFTER:
         return gate_after(host, hook, layer, expert)
+    if code == RESIZE:
+        return resize(machine, host, hook, layer, target, rows[at, 3], rows[at, 4])
     read_from_disk(machine, host.forecast, host.res, target, expert)
     return OK
 
@@ -471,7 +479,40 @@ def gate_after(host: Host, hook: int, layer: int, expert: int) -> int:
     if host.res.staged[layer, expert] == 0 and host.res.cached[layer, expert] == 0:
         return TOO_MANY_GATES
     for place in (GATE_AFTER_1, GATE_AFTER_2, GATE_AFTER_3):
+        if place == GATE_AFTER_3 and host.attention_on_cpu:
+            break
         if host.state[place] in (0, expert + 1):
             host.state[place] = expert + 1
             return OK
     return TOO_MANY_GATES
+
+
+def resize(
+    machine: Machine, host: Host, hook: int, layer: int, target: int, slots: int, slot_bytes: int
+) -> int:
+    """Give a layer's pool other slots, between two steps."""
+    if hook != BEFORE_ATTENTION or layer != 0:
+        return RESIZES_LATE
+    res = host.res
+    pool = res.pool_of_layer[target]
+    total_bytes = slots * slot_bytes
+    held = 0
+    for slot in range(len(res.slot_bytes)):
+        total_bytes += res.slot_bytes[slot]
+    for other in range(host.layers):
+        if res.pool_of_layer[other] == pool:
+            for expert in range(host.experts):
+                if res.cached[other, expert] > 0:
+                    held += 1
+                    total_bytes -= res.slot_bytes[res.cached_slot[other, expert]]
+    slot = res.free_first[pool]
+    for _ in range(res.free_count[pool]):
+        held += 1
+        total_bytes -= res.slot_bytes[slot]
+        slot = res.slot_next[slot]
+    if slots < 0 or slot_bytes < 0 or slots > held + res.counters[SPARE]:
+        return BAD_SLOTS
+    if total_bytes > res.budget_bytes:
+        return OVER_BUDGET
+    resize_pool(machine, host.forecast, res, target, slots, slot_bytes)
+    return OK

@@ -27,6 +27,7 @@ from moesim.model import (
 from moesim.profile import AttentionTable, ExpertTable, HardwareProfile, Provenance
 from moesim.types import (
     ATTENTION,
+    ATTENTION_CPU,
     BITS,
     COMBINE,
     COPY_IN,
@@ -50,6 +51,7 @@ from moesim.types import (
     MOVE,
     PAUSE,
     PREDICT,
+    RESIZE,
     RETURN,
     SEND,
     SHARED,
@@ -82,6 +84,10 @@ class Costs(NamedTuple):
 
     The tokens attended to are summed over the new tokens: a prompt of n attends to n (n + 1) / 2.
     """
+    cpu_attention_ns: int
+    """Handing one batch's attention over the context to the CPU and collecting it."""
+    cpu_context_fp: int
+    """As `context_fp`, on the CPU, in decode."""
     dense_ns: IntArray
     """(tokens + 1,): the FFN of one layer without experts."""
     dense_before: IntArray
@@ -128,7 +134,7 @@ def part_bytes(costs: Costs, layer: int, precision: int, start: int, part: int) 
     return whole * (start + part) // WHOLE - whole * start // WHOLE
 
 
-def duration_ns(
+def duration_ns(  # noqa: PLR0912  one branch per kind
     costs: Costs,
     phase: int,
     kind: int,
@@ -141,7 +147,8 @@ def duration_ns(
     """Return how long an operation takes when nothing else is busy.
 
     `amount` is tokens (sequences for HEAD) or bytes, by kind; `context` is the tokens attended to
-    (ATTENTION) or where the part of an expert starts (EXPERT_GPU). Pieces of an expert sum exactly.
+    (ATTENTION, ATTENTION_CPU) or where the part of an expert starts (EXPERT_GPU). Pieces of an
+    expert sum exactly.
     """
     ns: int
     if kind == EXPERT_GPU:
@@ -156,6 +163,10 @@ def duration_ns(
         attended = (context * costs.context_fp[phase] + CONTEXT_UNIT - 1) // CONTEXT_UNIT
         ns = (before + 1) * (costs.attention_ns[amount] + attended)
         ns += before * costs.dense_ns[amount]
+    elif kind == ATTENTION_CPU:
+        layers: int = costs.dense_before[layer] + 1
+        attended = (context * costs.cpu_context_fp + CONTEXT_UNIT - 1) // CONTEXT_UNIT
+        ns = layers * (costs.cpu_attention_ns + attended)
     elif kind == COMBINE:
         ns = costs.combine_ns[amount]
     elif kind == SHARED:
@@ -164,6 +175,8 @@ def duration_ns(
         ns = costs.head_ns[amount]
     elif kind == MOVE:
         ns = copy_ns(costs, GPU, amount)
+    elif kind == RESIZE:
+        ns = 0
     elif kind in (SEND, KV_OUT):
         ns = copy_ns(costs, D2H, amount)
     elif kind == DISK_READ:
@@ -255,7 +268,7 @@ def build_costs(
 
     copies = _measured(origin.link)
     kind_source = np.full(len(KINDS), _derived(origin.gpu), np.int64)
-    kind_source[EXPERT_CPU] = _derived(origin.cpu)
+    kind_source[[EXPERT_CPU, ATTENTION_CPU]] = _derived(origin.cpu)
     if attention_table:
         measured = attention_table.provenance.source == "measured"
         kind_source[ATTENTION] = INTERPOLATED if measured else DATASHEET
@@ -276,6 +289,8 @@ def build_costs(
         expert_cpu_ns=np.stack([ns for ns, _ in cpu_experts]),
         attention_ns=attention_ns[: tokens + 1].copy(),
         context_fp=_context_fp(model, profile, attention_table),
+        cpu_attention_ns=int(cpu.overhead_ns),
+        cpu_context_fp=_cpu_context_fp(model, profile),
         dense_ns=dense_ns[: tokens + 1].copy(),
         dense_before=np.array(model.dense_before, np.int64),
         gate_ns=_plain(on_gpu(gpu.kernels.gate, router_params(model)), tokens),
@@ -375,17 +390,29 @@ def _context_fp(
 
     Layers without a cache attend to nothing; their share is taken off all layers alike.
     """
-    with_cache = model.hidden_layers - len(model.cacheless_layer_ids)
     if table:
         per_pair = np.array([table.prefill_ns_per_attended, table.decode_ns_per_attended])
     else:
         compute_ns = pair_flops(model) / profile.gpu.flops_per_s * 1e9
         read_ns = layer_kv_bytes(model) / profile.gpu.memory_bytes_per_s * 1e9
         per_pair = np.array([compute_ns, max(compute_ns, read_ns)])
-    whole: IntArray = np.ceil(per_pair * CONTEXT_UNIT * with_cache / model.hidden_layers).astype(
-        np.int64
-    )
+    whole: IntArray = np.ceil(
+        per_pair * CONTEXT_UNIT * _with_cache(model) / model.hidden_layers
+    ).astype(np.int64)
     return whole
+
+
+def _cpu_context_fp(model: ModelSpec, profile: HardwareProfile) -> int:
+    """Return what reading one token's keys and values takes the CPU, or computing with them."""
+    compute_ns = pair_flops(model) / profile.cpu.flops_per_s * 1e9
+    read_ns = layer_kv_bytes(model) / profile.cpu.memory_bytes_per_s * 1e9
+    ns = max(compute_ns, read_ns) * _with_cache(model) / model.hidden_layers
+    return int(np.ceil(ns * CONTEXT_UNIT))
+
+
+def _with_cache(model: ModelSpec) -> int:
+    """Count the layers that have a cache."""
+    return model.hidden_layers - len(model.cacheless_layer_ids)
 
 
 def _derived(origin: Provenance) -> int:

@@ -4,7 +4,8 @@ Written once for every machine. It knows a machine by the verbs of `moesim.machi
 state in arrays, and stays in the subset that compiles. A command that cannot be carried out leaves
 a rule's number in the state, which `state.host_error` turns into a PolicyError.
 
-One layer step: hook before_attention; attention of each batch; guesses before the gate and hook
+One layer step: what the first attention needs is copied in; hook before_attention; attention of
+each batch; guesses before the gate and hook
 before_gate; the gates, whose choice the host waits for batch by batch (hook routed); guesses after
 the gate; hook dispatch, which runs every active expert; returns, combine; hook after_layer.
 """
@@ -13,8 +14,8 @@ from typing import Any
 
 from moesim.commands import carry_out, send
 from moesim.costs import duration_ns
-from moesim.forecast import PHASE, await_ticket, busy, launch
-from moesim.machine import Machine, begin, done, predict, route
+from moesim.forecast import NOW, PHASE, await_ticket, busy, end_ns, launch
+from moesim.machine import Machine, begin, done, predict, route, wait
 from moesim.policies.api import (
     AFTER_LAYER,
     BEFORE_ATTENTION,
@@ -51,15 +52,18 @@ from moesim.state import (
     GATE_NS,
     OK,
     SENT,
+    SETTLED,
     TOKENS,
     Host,
 )
 from moesim.types import (
     ARRIVED,
     ATTENTION,
+    ATTENTION_CPU,
     COMBINE,
     CPU,
     D2H,
+    DECODE,
     DENSE_IN,
     FETCHED,
     GATE,
@@ -74,6 +78,7 @@ from moesim.types import (
     PREFETCH,
     RESIDENT,
     RETURN,
+    SEND,
     WHOLE,
 )
 
@@ -112,9 +117,14 @@ def start_step(machine: Machine, host: Host, step: int) -> None:
         host.first_token[batch + 1] = host.first_token[batch] + tokens
         context = host.steps.context[step, batch]
         # The last layer stands for all: others may have layers without experts before them.
+        on_cpu = attends_on_cpu(host, step)
         attention_ns += duration_ns(
-            costs, phase, ATTENTION, host.layers - 1, tokens, context, WHOLE, 0
+            costs, phase, ATTENTION, host.layers - 1, tokens, 0 if on_cpu else context, WHOLE, 0
         )
+        if on_cpu:
+            attention_ns += duration_ns(
+                costs, phase, ATTENTION_CPU, host.layers - 1, tokens, context, WHOLE, 0
+            )
         gate_ns += costs.gate_ns[tokens]
     tokens = host.first_token[host.batches]
     routed = tokens * host.top_k
@@ -131,10 +141,14 @@ def run_layer(machine: Machine, policy: Any, host: Host, step: int, layer: int) 
     res = host.res
     clear_layer(host)
     busy(machine, host.forecast, host.per_layer_ns)
+    dense = load_dense(machine, host, layer)
+    kv = load_kv(machine, host, step, layer, 0)
+    if host.sync_batches:
+        settle(machine, host, host.state[COMBINED])
     rule = ask(machine, policy, host, BEFORE_ATTENTION, step, layer, NONE)
     if rule != OK:
         return rule
-    attend(machine, host, step, layer)
+    attend(machine, host, step, layer, dense, kv)
     guess(machine, host, step, layer, 0)
     rule = ask(machine, policy, host, BEFORE_GATE, step, layer, NONE)
     if rule != OK:
@@ -241,43 +255,100 @@ def window_ns(host: Host, hook: int) -> int:
     return ns
 
 
-def attend(machine: Machine, host: Host, step: int, layer: int) -> None:
+def load_dense(machine: Machine, host: Host, layer: int) -> int:
+    """Copy in a layer's weights outside the experts, if they are on the host: two buffers."""
+    if host.dense_on_host == 0:
+        return 0
+    return launch(
+        machine, host.forecast, H2D, DENSE_IN, layer, NONE, host.costs.attention_bytes[layer], 0,
+        host.state[DENSE_2], 0, 0,
+    )  # fmt: skip
+
+
+def load_kv(machine: Machine, host: Host, step: int, layer: int, batch: int) -> int:
+    """Copy in a batch's keys and values, if they are on the host and needed here: two buffers."""
+    kept_bytes = host.steps.kept[step, batch] * host.costs.kv_bytes[layer]
+    if host.kv_on_host == 0 or kept_bytes == 0 or attends_on_cpu(host, step):
+        return 0
+    return launch(
+        machine, host.forecast, H2D, KV_IN, layer, batch, kept_bytes, 0, host.state[ATTENTION_2],
+        host.kv_out[layer, batch], 0,
+    )  # fmt: skip
+
+
+def attends_on_cpu(host: Host, step: int) -> bool:
+    """Say whether the CPU attends to the context in a step."""
+    on_cpu: bool = host.attention_on_cpu == 1 and host.steps.phase[step] == DECODE
+    return on_cpu
+
+
+def settle(machine: Machine, host: Host, ticket: int) -> None:
+    """Wait for everything submitted up to a ticket, and charge one synchronisation."""
+    s = host.state
+    clock = host.forecast.clock
+    if ticket <= s[SETTLED]:
+        return
+    for earlier in range(s[SETTLED] + 1, ticket + 1):
+        wait(machine, earlier)
+        clock[NOW] = max(clock[NOW], end_ns(host.forecast, earlier))
+    s[SETTLED] = ticket
+    busy(machine, host.forecast, host.forecast.sync_ns)
+
+
+def attend(machine: Machine, host: Host, step: int, layer: int, dense: int, kv: int) -> None:
     """Submit the attention of every batch, and the transfers that it needs.
 
-    Keys and values have two buffers, and so have the weights outside the experts.
+    `dense` and `kv` are what the first one waits for. The next batch's keys and values are under
+    way while a synchronisation waits for the batch before.
     """
     s = host.state
     forecast = host.forecast
-    dense = 0
-    if host.dense_on_host:
-        size_bytes = host.costs.attention_bytes[layer]
-        dense = launch(
-            machine, forecast, H2D, DENSE_IN, layer, NONE, size_bytes, 0, s[DENSE_2], 0, 0
-        )
+    on_cpu = attends_on_cpu(host, step)
     for batch in range(host.batches):
+        host.attended[batch] = 0
         tokens = host.first_token[batch + 1] - host.first_token[batch]
         if tokens == 0:
             continue
-        kv = 0
-        kept_bytes = host.steps.kept[step, batch] * host.costs.kv_bytes[layer]
-        if host.kv_on_host and kept_bytes > 0:
-            out = host.kv_out[layer, batch]
-            kv = launch(
-                machine, forecast, H2D, KV_IN, layer, batch, kept_bytes, 0, s[ATTENTION_2], out, 0
-            )
-        context = host.steps.context[step, batch]
+        if batch > 0:
+            kv = load_kv(machine, host, step, layer, batch)
+        if host.sync_batches:
+            settle(machine, host, s[ATTENTION_1])
+        context = 0 if on_cpu else host.steps.context[step, batch]
         ticket = launch(
             machine, forecast, GPU, ATTENTION, layer, batch, tokens, context, kv, dense, s[COMBINED]
         )
-        s[ATTENTION_2] = s[ATTENTION_1]
-        s[ATTENTION_1] = ticket
-        if host.kv_on_host:
+        if on_cpu:
+            host.attended[batch] = attend_on_cpu(machine, host, step, layer, batch, tokens, ticket)
+        elif host.kv_on_host:
             new_bytes = tokens * host.costs.kv_bytes[layer]
             host.kv_out[layer, batch] = launch(
                 machine, forecast, D2H, KV_OUT, layer, batch, new_bytes, 0, ticket, 0, 0
             )
+        s[ATTENTION_2] = s[ATTENTION_1]
+        s[ATTENTION_1] = host.attended[batch] if on_cpu else ticket
+    if host.sync_batches:
+        settle(machine, host, s[ATTENTION_1])
     s[DENSE_2] = s[DENSE_1]
     s[DENSE_1] = s[ATTENTION_1]
+
+
+def attend_on_cpu(
+    machine: Machine, host: Host, step: int, layer: int, batch: int, tokens: int, projected: int
+) -> int:
+    """Let the CPU attend for a batch, whose queries, keys and values are sent; return the RETURN.
+
+    The output projection is counted with the others, before.
+    """
+    costs = host.costs
+    forecast = host.forecast
+    sent_bytes = tokens * (costs.token_bytes + costs.kv_bytes[layer])
+    sent = launch(machine, forecast, D2H, SEND, layer, batch, sent_bytes, 0, projected, 0, 0)
+    context = host.steps.context[step, batch]
+    computed = launch(
+        machine, forecast, CPU, ATTENTION_CPU, layer, batch, tokens, context, sent, 0, 0
+    )
+    size_bytes = tokens * costs.token_bytes
+    return launch(machine, forecast, H2D, RETURN, layer, batch, size_bytes, 0, computed, 0, 0)
 
 
 def guess(machine: Machine, host: Host, step: int, layer: int, after_gate: int) -> None:
@@ -294,7 +365,7 @@ def guess(machine: Machine, host: Host, step: int, layer: int, after_gate: int) 
             send(machine, host, layer)
         ticket = launch(
             machine, host.forecast, lane, PREDICT, layer, NONE, host.first_token[host.batches], 0,
-            host.state[SENT] if lane == CPU else 0, 0, 0,
+            host.state[SENT] if lane == CPU else host.state[ATTENTION_1], 0, 0,
         )  # fmt: skip
         await_ticket(machine, host.forecast, ticket)
         host.predicted_tokens[p] = predict(
@@ -322,9 +393,10 @@ def pass_gates(machine: Machine, policy: Any, host: Host, step: int, layer: int)
         tokens = host.first_token[batch + 1] - host.first_token[batch]
         host.gates[batch] = 0
         if tokens > 0:
+            last = host.attended[batch] if host.attention_on_cpu else arrival3
             host.gates[batch] = launch(
                 machine, host.forecast, GPU, GATE, layer, batch, tokens, 0,
-                arrival1, arrival2, arrival3,
+                arrival1, arrival2, last,
             )  # fmt: skip
     for batch in range(host.batches):
         if host.gates[batch] > 0:

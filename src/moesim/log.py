@@ -24,7 +24,7 @@ OPERATION = np.dtype(
         (
             "slot",
             np.int32,
-        ),  # GPU slot that a COPY_IN or MOVE fills, or an EXPERT_GPU reads; else -1
+        ),  # GPU slot that a COPY_IN or MOVE fills, an EXPERT_GPU reads, a RESIZE changes; else -1
         ("layer", np.int16),
         ("expert", np.int16),
         ("batch", np.int16),  # of the group; -1: all batches at once
@@ -91,3 +91,5 @@ class Log(NamedTuple):
     """(32, lanes): progress in 1/1024 of each lane while the lanes of a bit set are busy."""
     exact: bool
     """A simulated machine: operations start at the first possible instant. False for a real one."""
+    attention_on_cpu: bool = False
+    """After step 0, which computes the prompts, the CPU attends to the keys and values."""

@@ -27,11 +27,12 @@ from moesim.types import (
     NO_CAUSE,
     NONE,
     PREFETCH,
+    RESIZE,
     WHOLE,
     IntArray,
 )
 
-WASTED_BYTES, DROPPED, PREFETCHED, USED, ORDER, PENDING_FIRST, PENDING_LAST = range(7)
+WASTED_BYTES, DROPPED, PREFETCHED, USED, ORDER, PENDING_FIRST, PENDING_LAST, SPARE = range(8)
 
 
 class Residency(NamedTuple):
@@ -79,9 +80,12 @@ class Residency(NamedTuple):
     pool_of_layer: IntArray
     staging: IntArray
     """(staging slots,): their slot numbers; admission exchanges them."""
+    spare: IntArray
+    """(slots,): the first `counters[SPARE]` are in no pool and have no size."""
     queue: IntArray
     """(places, 5): pending fetches, a ring: layer, expert, precision, cause, ticket to wait for."""
     counters: IntArray
+    budget_bytes: int
     has_disk: int
     fifo: int
     precision: int
@@ -410,6 +414,43 @@ def release_layer(
                 res.read_ticket[layer, expert] = 0
 
 
+def set_size(
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, slot: int, size_bytes: int
+) -> None:
+    """Give a slot a size, after whatever touches it last, and after all that shrank before."""
+    res.slot_ticket[slot] = launch_expert(
+        machine, forecast, GPU, RESIZE, layer, NONE, NONE, size_bytes, 0, WHOLE, 0, slot,
+        NO_CAUSE, res.slot_ticket[slot], 0, 0,
+    )  # fmt: skip
+    res.slot_before[slot] = NONE
+    res.slot_bytes[slot] = size_bytes
+
+
+def resize_pool(
+    machine: Machine, forecast: Forecast, res: Residency, layer: int, slots: int, size_bytes: int
+) -> None:
+    """Give up all that a layer's pool caches, and its slots, and take others from the spare ones.
+
+    The GPU lane is in order, so that a slot grows only after all those given up before are unused.
+    """
+    pool = res.pool_of_layer[layer]
+    for other in range(len(res.pool_of_layer)):
+        if res.pool_of_layer[other] == pool:
+            for expert in range(res.cached.shape[1]):
+                if res.cached[other, expert] > 0:
+                    forget_cached(machine, forecast, res, other, expert)
+    while res.free_count[pool] > 0:
+        slot = take_slot(res, pool)
+        set_size(machine, forecast, res, layer, slot, 0)
+        res.spare[res.counters[SPARE]] = slot
+        res.counters[SPARE] += 1
+    for _ in range(slots):
+        res.counters[SPARE] -= 1
+        slot = res.spare[res.counters[SPARE]]
+        set_size(machine, forecast, res, layer, slot, size_bytes)
+        free_slot(res, slot, pool)
+
+
 def check_placement(placement: Placement, setting: Setting) -> None:
     """Raise PolicyError, naming field, value and what would be legal, for what cannot be placed."""
     layers, experts = setting.layers, setting.experts
@@ -432,6 +473,7 @@ def check_placement(placement: Placement, setting: Setting) -> None:
     legal("pool_of_layer", pool_of_layer.shape == (layers,), f"of shape ({layers},)")
     in_range = pool_of_layer.min() >= 0 and pool_of_layer.max() < pools
     legal("pool_of_layer", in_range, f"0..{pools - 1}")
+    legal("spare_slots", placement.spare_slots >= 0, "0 or more")
     legal("staging_slots", placement.staging_slots >= 0, "0 or more")
     legal("staging_slot_bytes", placement.staging_slot_bytes >= 0, "0 or more")
     legal(
@@ -440,6 +482,8 @@ def check_placement(placement: Placement, setting: Setting) -> None:
     legal("batches", 1 <= placement.batches <= setting.sequences, f"1..{setting.sequences}")
     legal("link", placement.link in ("priority", "fifo"), "priority or fifo")
     legal("chunk_bytes", placement.chunk_bytes >= 0, "0 or more")
+    reachable = placement.kv_on_host or not placement.attention_on_cpu
+    legal("attention_on_cpu", reachable, "false while the keys and values are on the GPU")
     legal(
         "on_disk", on_disk is None or on_disk.shape == (layers, experts), f"({layers}, {experts})"
     )
@@ -471,7 +515,8 @@ def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residen
             f"it needs {int(counts.sum())} slots of {total_bytes} bytes together on the GPU, and "
             f"the budget is {setting.budget_bytes} bytes"
         )
-    slots = int(counts.sum())
+    sized = int(counts.sum())
+    slots = sized + placement.spare_slots
     on_disk = np.zeros(shape, np.int64) if placement.on_disk is None else placement.on_disk
     res = Residency(
         **{name: np.zeros(shape, np.int64) for name in _TABLES},
@@ -486,19 +531,22 @@ def new_residency(placement: Placement, setting: Setting, fifo: bool) -> Residen
         slot_order=np.zeros(slots, np.int64),
         slot_unused=np.zeros(slots, np.int64),
         slot_latest=np.zeros(slots, np.int64),
-        slot_bytes=np.repeat(sizes, counts),
+        slot_bytes=np.append(np.repeat(sizes, counts), np.zeros(placement.spare_slots, np.int64)),
         slot_next=np.full(slots, NONE),
         free_first=np.full(pools + 1, NONE),
         free_last=np.full(pools + 1, NONE),
         free_count=np.zeros(pools + 1, np.int64),
         pool_of_layer=placement.pool_of_layer.astype(np.int64),
-        staging=np.arange(slots - placement.staging_slots, slots),
+        staging=np.arange(sized - placement.staging_slots, sized),
+        spare=np.append(np.arange(sized, slots), np.zeros(sized, np.int64)),
         queue=np.zeros((2 * layers * experts, 5), np.int64),
-        counters=np.zeros(7, np.int64),
+        counters=np.zeros(8, np.int64),
+        budget_bytes=setting.budget_bytes,
         has_disk=int(on_disk.any()),
         fifo=int(fifo),
         precision=setting.precision,
     )
+    res.counters[SPARE] = placement.spare_slots
     for slot, pool in enumerate(np.repeat(np.arange(pools + 1), counts)):
         free_slot(res, slot, int(pool))
     for layer, expert in np.argwhere(placement.cached > 0).tolist():

@@ -120,6 +120,11 @@ def prepare(
         step_tokens=step_tokens,
         popularity=counts,
         seed=seed,
+        gpu_memory_bytes=profile.gpu.memory_bytes,
+        host_memory_bytes=profile.cpu.memory_bytes,
+        model=model,
+        machine=profile,
+        kv_tokens=len(workload.rows),
         offline=cache(partial(offline_of, trace, workload, model, seed)),
     )
     sees_future = getattr(chosen.cls, "declares_future", False)
@@ -209,15 +214,29 @@ def offline_of(
         distance = prediction.distance
         wanted = prediction.predictor.removesuffix("-offline")
         name = resolve(part, wanted, distance, after_gate=prediction.after_gate)
-        prompts = [max(1, int((part.phase[a:b] == PREFILL).sum())) for a, b in pairwise(starts)]
-        steps = steps_of(
-            Workload(rows=np.arange(len(rows)), starts=starts, prompts=np.array(prompts))
-        )
-        found, _ = guess_signed(part, steps, name, prediction, model, seed)
-        guesses = np.empty_like(found)
-        guesses[steps.rows] = found
+        found, _ = guess_signed(part, one_by_one(part, starts), name, prediction, model, seed)
+        guesses = found.astype(np.int64)
     sequence = part.sequence.astype(np.int64)
     return Offline(signed(part.experts, model.experts), sequence, guesses)
+
+
+def one_by_one(trace: Trace, starts: IntArray) -> Steps:
+    """Return the steps of a trace's sequences, served one after the other; no costs are known."""
+    ends: list[int] = []
+    for first, last in pairwise(starts.tolist()):
+        prompt = max(1, int((trace.phase[first:last] == PREFILL).sum()))
+        ends += range(first + prompt, last + 1)
+    offset: IntArray = np.stack([[0, *ends[:-1]], ends], axis=1).astype(np.int64)
+    nothing = np.zeros((len(ends), 1), np.int64)
+    return Steps(
+        phase=np.zeros(len(ends), np.int64),
+        rows=np.arange(trace.tokens),
+        offset=offset,
+        context=nothing,
+        kept=nothing,
+        sequences=nothing,
+        sequence=np.repeat(np.arange(len(starts) - 1), np.diff(starts)),
+    )
 
 
 def signed(ids: Any, experts: int) -> Any:
@@ -234,6 +253,13 @@ def guess_signed(
     """Return one prediction's guesses for all rows, as a Feed has them."""
     width = max(p.width, model.top_k)
     ids, scores = guess(trace, steps, name, p.distance, width, recall=p.recall, seed=seed)
+    wrapped = f"wrap{p.distance}"
+    if p.wraps and name in trace.candidates and wrapped in trace.candidates:
+        first = slice(0, p.distance)
+        others, other_scores = guess(trace, steps, wrapped, p.distance, width)
+        ids[:, first] = others[:, first]
+        if scores is not None and other_scores is not None:
+            scores[:, first] = other_scores[:, first]
     return signed(ids, model.experts), scores
 
 
@@ -288,6 +314,8 @@ def new_host(
         gemm_per_batch=int(placement.gemm_per_batch),
         kv_on_host=int(placement.kv_on_host),
         dense_on_host=int(placement.dense_on_host),
+        attention_on_cpu=int(placement.attention_on_cpu),
+        sync_batches=int(placement.sync_batches),
         per_layer_ns=profile.host.per_layer_ns,
         decision_ns=decision_ns(profile, chosen.name),
         predictions=np.array(
@@ -296,6 +324,7 @@ def new_host(
         first_token=zeros(batches + 1),
         gates=zeros(batches),
         kv_out=zeros(layers, batches),
+        attended=zeros(batches),
         ran=zeros(experts),
         computed=zeros(experts),
         outcome=zeros(experts),

@@ -28,13 +28,14 @@ from moesim.types import NONE, FloatArray, IntArray
     ATTENTION_NS,  # one layer's attention, gates and experts in this step, all weights resident
     GATE_NS,
     EXPERT_NS,
+    SETTLED,  # the last ticket that a full synchronisation has waited for
     BAD_RULE,  # what a policy did wrong, and where
     BAD_HOOK,
     BAD_STEP,
     BAD_LAYER,
     BAD_EXPERT,
     STATES,
-) = range(23)
+) = range(24)
 
 RULES = (
     "",
@@ -55,17 +56,21 @@ RULES = (
     "a cached part grows in its own precision",
     "only a wholly staged, uncached expert can be admitted",
     "gate_after is too late once the gates are submitted",
-    "gates wait for at most three experts, which are cached or on their way",
+    "gates wait for at most three experts (two if the CPU attends), cached or on their way",
     "part must be 1..1024, piece BOTH, FIRST or REST, into CACHE or STAGING",
     "no such precision",
     "shared experts run once, in dispatch",
+    "slots are resized before the attention of layer 0 only",
+    "a pool takes as many slots as it has and as there are spare ones, of 0 bytes or more",
+    "all slots together would be larger than the budget",
     "too many fetches are pending",
 )
 (
     OK, FULL_PLAN, NOT_NOW, UNKNOWN, INACTIVE, TWICE, NOTHING_FIRST, NO_STAGING, LAST_DEFERS,
     FORGOTTEN, EVICTS_ACTIVE, NOT_CACHED, NO_SLOT, TOO_BIG, STAGES_PART, GROWS_PRECISION,
-    NOT_STAGED, GATED, TOO_MANY_GATES, BAD_PART, BAD_PRECISION, SHARED_TWICE, TOO_MANY_PENDING,
-) = range(23)  # fmt: skip
+    NOT_STAGED, GATED, TOO_MANY_GATES, BAD_PART, BAD_PRECISION, SHARED_TWICE, RESIZES_LATE,
+    BAD_SLOTS, OVER_BUDGET, TOO_MANY_PENDING,
+) = range(26)  # fmt: skip
 
 
 class Host(NamedTuple):
@@ -89,6 +94,8 @@ class Host(NamedTuple):
     gemm_per_batch: int
     kv_on_host: int
     dense_on_host: int
+    attention_on_cpu: int
+    sync_batches: int
     per_layer_ns: int
     decision_ns: int
     predictions: IntArray
@@ -99,6 +106,8 @@ class Host(NamedTuple):
     """(batches,): tickets."""
     kv_out: IntArray
     """(layers, batches): last KV_OUT."""
+    attended: IntArray
+    """(batches,): RETURN of the attention on the CPU in this layer step; 0 for none."""
     ran: IntArray
     """(experts,): part computed in this layer step."""
     computed: IntArray

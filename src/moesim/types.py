@@ -38,6 +38,7 @@ LANE_OF_QUEUE = (GPU, CPU, H2D, D2H, DISK, H2D)
     COMBINE,
     HEAD,
     MOVE,
+    RESIZE,
     EXPERT_CPU,
     COPY_IN,
     RETURN,
@@ -47,7 +48,8 @@ LANE_OF_QUEUE = (GPU, CPU, H2D, D2H, DISK, H2D)
     KV_OUT,
     DISK_READ,
     PAUSE,
-) = range(17)
+    ATTENTION_CPU,
+) = range(19)
 KINDS = (
     "attention",
     "gate",
@@ -57,6 +59,7 @@ KINDS = (
     "combine",
     "head",
     "move",
+    "resize",
     "expert_cpu",
     "copy_in",
     "return",
@@ -66,8 +69,11 @@ KINDS = (
     "kv_out",
     "disk_read",
     "pause",
+    "attention_cpu",
 )
-"""`move` shifts an admitted expert inside GPU memory; `pause` is the host being busy itself."""
+"""`move` shifts an admitted expert inside GPU memory, `resize` gives a slot another size; `pause`
+is the host being busy itself; `attention_cpu` attends to what is in the cache, between the
+projections on the GPU."""
 
 NO_CAUSE, DEMAND, PREFETCH, SWAP = 0, 1, 2, 3
 CAUSES = ("", "demand", "prefetch", "swap")

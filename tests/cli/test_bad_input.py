@@ -61,8 +61,8 @@ ONE = 6 * 512 * 256
 OPTIONS = {
     "no trace file": ("{dir}/none.npz", ["none.npz", "no such file"]),
     "a directory": ("{dir}", ["is a directory", "npz"]),
-    "unknown policy": ("{trace} --policy lruu", ["'lruu'", "there are: all-cpu, all-gpu, "]),
-    "no policy name": ("{trace} --policy :x=1", ["policy", "there are: all-cpu, all-gpu, "]),
+    "unknown policy": ("{trace} --policy lruu", ["'lruu'", "there are: adapmoe, all-cpu, "]),
+    "no policy name": ("{trace} --policy :x=1", ["policy", "there are: adapmoe, all-cpu, "]),
     "unknown parameter": ("{trace} --policy lru:size=3", ["lru", "'size=3'", "there are: staging"]),
     "parameter without value": ("{trace} --policy lru:staging", ["'staging'", "there are:"]),
     "parameter of a wrong type": (
@@ -74,7 +74,10 @@ OPTIONS = {
         "{trace} --policy dali:recall=nan",
         ["recall='nan'", "number"],
     ),
-    "illegal choice": ("{trace} --policy dali:cache=fifo", ["cache='fifo'", "window|lru|static"]),
+    "illegal choice": (
+        "{trace} --policy dali:cache=fifo",
+        ["cache='fifo'", "window|lru|lfu|static"],
+    ),
     "policy file that is not there": (
         "{trace} --policy {dir}/mine.py",
         ["mine.py", "no such file"],

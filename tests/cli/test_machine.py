@@ -169,7 +169,7 @@ def test_compile_goes_on_after_a_policy_that_does_not(cli: Cli, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("compile", "lruu"), "no policy named 'lruu'; there are: all-cpu, "),
+        (("compile", "lruu"), "no policy named 'lruu'; there are: adapmoe, "),
         (("compile", "--clear", "lru"), "--clear deletes everything"),
         (("replay", "--machine", "torch"), "'torch' is not one of 'auto', 'simpy', 'compiled'"),
     ],

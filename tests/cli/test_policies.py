@@ -22,7 +22,7 @@ def test_policies_as_json(cli: Cli) -> None:
     assert "arXiv 2602.03495" in rows["dali"]["source"]
     assert rows["dali"]["defaults"]["cache"] == "window"
     legal = {p["name"]: p["legal"] for p in rows["dali"]["parameters"]}
-    assert legal["cache"] == "window|lru|static"
+    assert legal["cache"] == "window|lru|lfu|static"
     assert legal["w_size"] == "whole number >= 0"
     assert legal["count_prefill"] == "true|false"
 

@@ -487,3 +487,11 @@ def test_without_one_a_preset_is_taken_with_a_note(cli: Cli, small: Path) -> Non
     assert notes(ended) == [
         "hardware: preset rtx3090-pcie4-ddr4, since this machine is not calibrated"
     ]
+
+
+def test_experts_that_are_cached_in_fewer_bits_are_shown_so(cli: Cli, small: Path) -> None:
+    """Fate keeps 4 bits of what is stored in 16."""
+    words = ("replay", small, "--cache-ratio", 0.3)
+    assert "experts in 16 bit, cached in 4\n" in cli(*words, "--policy", "fate").stdout
+    assert "experts in 4 bit\n" in cli(*words, "--policy", "fate", "--bits", 4).stdout
+    assert "experts in 16 bit\n" in cli(*words, "--policy", "lru").stdout

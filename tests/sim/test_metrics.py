@@ -326,4 +326,4 @@ def test_the_identity_changes_with_every_input() -> None:
         digests = ("trace", "model_digest", "hardware_digest")
         assert [name for name in digests if changed[name] != plain[name]] == [key]
     assert plain["layer_steps"] == plain["steps"] * 2
-    assert plain["parameters"] == {"staging": 2}
+    assert plain["parameters"] == {"staging": 2, "rule": "lru"}

@@ -10,6 +10,7 @@ from moesim.audit.lanes import check_lanes, check_queues, check_starts, check_wo
 from moesim.audit.passes import (
     check_attention,
     check_combine,
+    check_cpu_attention,
     check_cpu_results,
     check_dense,
     check_experts,
@@ -34,6 +35,7 @@ def audit(log: Log) -> None:
         check_head(run, step)
         for layer in range(log.loads.shape[1]):
             check_attention(run, step, layer)
+            check_cpu_attention(run, step, layer)
             check_experts(run, step, layer)
             check_cpu_results(run, step, layer)
             check_combine(run, step, layer)

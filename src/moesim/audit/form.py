@@ -10,6 +10,7 @@ from moesim.errors import AuditError
 from moesim.log import OPERATION, Log
 from moesim.types import (
     ATTENTION,
+    ATTENTION_CPU,
     COMBINE,
     COPY_IN,
     CPU,
@@ -32,6 +33,7 @@ from moesim.types import (
     MOVE,
     NONE,
     PREDICT,
+    RESIZE,
     RETURN,
     SEND,
     SHARED,
@@ -39,8 +41,8 @@ from moesim.types import (
 )
 
 KINDS_OF_QUEUE = {
-    GPU: {ATTENTION, GATE, PREDICT, SHARED, EXPERT_GPU, COMBINE, HEAD, MOVE},
-    CPU: {EXPERT_CPU, PREDICT},
+    GPU: {ATTENTION, GATE, PREDICT, SHARED, EXPERT_GPU, COMBINE, HEAD, MOVE, RESIZE},
+    CPU: {EXPERT_CPU, PREDICT, ATTENTION_CPU},
     H2D: {COPY_IN, RETURN, KV_IN, DENSE_IN},
     H2D_BACKGROUND: {COPY_IN},
     D2H: {SEND, KV_OUT},
@@ -48,7 +50,7 @@ KINDS_OF_QUEUE = {
 }
 
 LAYER_KINDS = {ATTENTION, GATE, SHARED, EXPERT_GPU, COMBINE, EXPERT_CPU, RETURN, SEND}
-LAYER_KINDS |= {KV_IN, KV_OUT, DENSE_IN}
+LAYER_KINDS |= {KV_IN, KV_OUT, DENSE_IN, ATTENTION_CPU}
 """What belongs to one layer step. Copies, disk reads and guesses may be meant for a later one."""
 
 
@@ -245,6 +247,8 @@ def check_place(operation: Operation, log: Log) -> None:
         legal = legal and 0 <= operation.layer < layers
     if operation.kind in {EXPERT_GPU, EXPERT_CPU, COPY_IN, MOVE, DISK_READ}:
         legal = legal and 0 <= operation.layer < layers and 0 <= operation.expert < experts
+    if operation.kind == RESIZE:
+        legal = legal and 0 <= operation.slot < len(log.slot_bytes) and operation.amount >= 0
     if operation.kind in {EXPERT_GPU, COPY_IN, MOVE}:
         first, behind = operation.parts
         legal = legal and 0 <= first < behind <= WHOLE

@@ -6,6 +6,7 @@ from operator import attrgetter
 from moesim.audit.form import Operation, Run, require, require_after
 from moesim.types import (
     ATTENTION,
+    ATTENTION_CPU,
     COMBINE,
     CPU,
     DENSE_IN,
@@ -13,6 +14,7 @@ from moesim.types import (
     EXPERT_GPU,
     GATE,
     HEAD,
+    KINDS,
     KV_IN,
     KV_OUT,
     NONE,
@@ -55,6 +57,31 @@ def check_attention(run: Run, step: int, layer: int) -> None:
                 require_after(attention, before, law)
     stray = [operation for operation in (*attentions, *gates) if operation.batch == NONE]
     require(not stray, "completeness: ATTENTION and GATE are of one batch", *stray)
+
+
+def check_cpu_attention(run: Run, step: int, layer: int) -> None:
+    """If the CPU attends, then after step 0 each ATTENTION is followed by the SEND of what it
+    projected, one ATTENTION_CPU over as many tokens, the RETURN of its result and the GATE.
+    """
+    on_cpu = run.log.attention_on_cpu and step > 0
+    links: tuple[int, ...] = (SEND, ATTENTION_CPU, RETURN, GATE)
+    for attention in run.find(ATTENTION, step, layer):
+        before = attention
+        for kind in links if on_cpu else ():
+            found = [o for o in run.find(kind, step, layer) if o.batch == attention.batch]
+            law = f"attention: {len(found)} {KINDS[kind]} of an ATTENTION whose rest the CPU does"
+            require(len(found) == 1, law, attention, *found)
+            law = f"attention: {KINDS[kind]} starts after {KINDS[before.kind]}"
+            require_after(found[0], before, law)
+            before = found[0]
+            if kind == ATTENTION_CPU:
+                law = f"attention: the CPU attends for {before.amount} tokens"
+                require(before.amount == attention.amount, law, before, attention)
+    expected = len(run.find(ATTENTION, step, layer)) if on_cpu else 0
+    for kind in (SEND, ATTENTION_CPU, RETURN):
+        found = [o for o in run.find(kind, step, layer) if o.batch != NONE]
+        law = f"attention: step {step}, layer {layer} has {len(found)} {KINDS[kind]} of batches"
+        require(len(found) == expected, law, *found)
 
 
 def check_experts(run: Run, step: int, layer: int) -> None:
@@ -101,8 +128,10 @@ def check_cpu_results(run: Run, step: int, layer: int) -> None:
     """One SEND, after all ATTENTIONs, precedes the CPU's experts and guesses; one RETURN carries
     results to this layer's COMBINE, and one the deferred results to the next layer's.
     """
-    experts, returns = run.find(EXPERT_CPU, step, layer), run.find(RETURN, step, layer)
-    sends = run.find(SEND, step, layer)
+    experts = run.find(EXPERT_CPU, step, layer)
+    returns = [o for o in run.find(RETURN, step, layer) if o.batch == NONE]
+    sends = [o for o in run.find(SEND, step, layer) if o.batch == NONE]
+    attended = [o for o in run.find(RETURN, step, layer) if o.batch != NONE]
     guesses = [guess for guess in run.find(PREDICT, step, layer) if guess.queue == CPU]
     where = f"step {step}, layer {layer}"
     on_cpu = [*experts, *guesses]
@@ -111,6 +140,8 @@ def check_cpu_results(run: Run, step: int, layer: int) -> None:
     for send in sends:
         for attention in run.find(ATTENTION, step, layer):
             require_after(send, attention, "completeness: SEND starts after the ATTENTIONs")
+        for result in attended:
+            require_after(send, result, "completeness: SEND starts after the CPU has attended")
         for operation in on_cpu:
             require_after(operation, send, "completeness: the CPU starts after SEND")
     for operation in (*experts, *returns):
@@ -153,7 +184,8 @@ def check_dense(run: Run, step: int, layer: int) -> None:
 
 def check_kv(run: Run) -> None:
     """If keys and values are on the host, each ATTENTION has one KV_IN before it (except in step 0,
-    where there is nothing yet) and one KV_OUT after it, and there are two buffers for them.
+    where there is nothing yet) and one KV_OUT after it, and there are two buffers for them. Once
+    the CPU attends, there are none.
     """
     copies: dict[tuple[int, int, int, int], list[Operation]] = defaultdict(list)
     attentions = []
@@ -162,7 +194,7 @@ def check_kv(run: Run) -> None:
             require(run.log.kv_on_host, "offload: keys and values are on the GPU", operation)
             place = operation.step, operation.layer, operation.batch
             copies[operation.kind, *place].append(operation)
-        elif operation.kind == ATTENTION:
+        elif operation.kind == ATTENTION and not (run.log.attention_on_cpu and operation.step):
             attentions.append(operation)
     if not run.log.kv_on_host:
         return

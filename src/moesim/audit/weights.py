@@ -15,7 +15,10 @@ from moesim.types import (
     EXPERT_CPU,
     EXPERT_GPU,
     MOVE,
+    NONE,
+    RESIZE,
     WHOLE,
+    IntArray,
 )
 
 
@@ -48,29 +51,48 @@ class Holding:
 
 def check_weights(run: Run) -> None:
     """Replay the slots in order of submission: a run reads exactly its weights, and all of them."""
-    require(
-        int(run.log.slot_bytes.sum()) <= run.log.budget_bytes,
-        f"weights: slots of {run.log.slot_bytes.sum()} bytes, a budget of {run.log.budget_bytes}",
-    )
+    sizes = run.log.slot_bytes.copy()
+    check_budget(run.log, sizes)
     holdings = initial_holdings(run.log)
     writes: dict[int, list[Operation]] = defaultdict(list)
     moves = []
     for operation in run.live:
         if operation.kind == EXPERT_GPU:
             check_read(holdings.get(operation.slot), operation)
+        elif operation.kind == RESIZE:
+            sizes[operation.slot] = operation.amount
+            check_budget(run.log, sizes, operation)
+            resized(holdings, operation)
         elif operation.kind in {COPY_IN, MOVE}:
             if operation.kind == MOVE:
                 moves.append((operation, list(holdings.values())))
             size_bytes = range_bytes(run.log, operation.weights, *operation.parts)
             law = f"weights: {operation.amount} bytes are copied of {size_bytes}"
             require(operation.amount == size_bytes, law, operation)
-            write(run.log, holdings, operation)
+            write(run.log, sizes, holdings, operation)
             writes[operation.slot].append(operation)
     for line in writes.values():
         for before, after in pairwise(sorted(line, key=attrgetter("start_ns", "end_ns"))):
             require_after(after, before, "weights: a slot is filled by one copy at a time")
     for move, sources in moves:
         check_move(move, sources)
+
+
+def check_budget(log: Log, sizes: IntArray, *resize: Operation) -> None:
+    """All slots together stay within the budget, from the start and after every change."""
+    law = f"weights: slots of {sizes.sum()} bytes, a budget of {log.budget_bytes}"
+    require(int(sizes.sum()) <= log.budget_bytes, law, *resize)
+
+
+def resized(holdings: dict[int, Holding], resize: Operation) -> None:
+    """A slot changes its size after its last use, and is filled after that."""
+    holding = holdings.get(resize.slot)
+    if holding:
+        holding.replaced_ns = resize.start_ns
+        if holding.last:
+            require_after(resize, holding.last, "weights: a slot is resized after its last use")
+    holdings[resize.slot] = Holding((NONE, NONE, NONE), 0, 0)
+    holdings[resize.slot].use(resize)
 
 
 def initial_holdings(log: Log) -> dict[int, Holding]:
@@ -101,7 +123,7 @@ def check_read(holding: Holding | None, run: Operation) -> None:
     holding.use(run)
 
 
-def write(log: Log, holdings: dict[int, Holding], copy: Operation) -> None:
+def write(log: Log, sizes: IntArray, holdings: dict[int, Holding], copy: Operation) -> None:
     """A copy goes on where the same weights end, or replaces what was there once all is done with
     it; a slot never holds more than its size.
     """
@@ -118,8 +140,8 @@ def write(log: Log, holdings: dict[int, Holding], copy: Operation) -> None:
     holding.writes.append(copy)
     holding.use(copy)
     size_bytes = range_bytes(log, copy.weights, holding.first, behind)
-    law = f"weights: a slot of {log.slot_bytes[copy.slot]} bytes cannot hold {size_bytes}"
-    require(size_bytes <= log.slot_bytes[copy.slot], law, copy)
+    law = f"weights: a slot of {sizes[copy.slot]} bytes cannot hold {size_bytes}"
+    require(size_bytes <= sizes[copy.slot], law, copy)
 
 
 def check_move(move: Operation, sources: list[Holding]) -> None:

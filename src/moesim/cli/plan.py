@@ -27,7 +27,7 @@ def command(policy: str, seed: int, as_json: bool, **inputs: Any) -> None:
 
     chosen = choose(policy)
     if not hasattr(chosen.cls, "plan"):
-        planners = [name for name in BUILTIN if hasattr(load_class(name), "plan")]
+        planners = sorted(name for name in BUILTIN if hasattr(load_class(name), "plan"))
         raise InputError(
             f"policy '{chosen.name}' computes no settings; those that do: {', '.join(planners)}"
         )
@@ -55,10 +55,8 @@ def show(tables: "tuple[Table, ...]") -> None:
 
     console = Console(highlight=False, markup=False)
     for table in tables:
-        grid = Table(
-            title=table.title, title_justify="left", title_style="bold", box=None,
-            header_style="dim", pad_edge=False,
-        )  # fmt: skip
+        console.print(table.title, style="bold", soft_wrap=True)
+        grid = Table(box=None, header_style="dim", pad_edge=False)
         for at, column in enumerate(table.columns):
             numbers = all(isinstance(row[at], int | float) for row in table.rows)
             grid.add_column(column, justify="right" if numbers else "left")

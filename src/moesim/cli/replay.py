@@ -367,6 +367,7 @@ def show(result: dict[str, Any], run: "Replayed") -> None:
     from rich.table import Table
 
     from moesim.sim.metrics import explain
+    from moesim.types import BITS, NONE
 
     console = Console(highlight=False, markup=False)
     about = result["run"]
@@ -385,10 +386,13 @@ def show(result: dict[str, Any], run: "Replayed") -> None:
     experts = run.prepared.setting.layers * run.prepared.setting.experts
     budget_bytes = about["budget_bytes"]
     budget_unit, budget_name = (2**30, "GiB") if budget_bytes >= 2**30 else (2**20, "MiB")
+    precision = run.prepared.placement.cached_precision
+    cached = about["bits"] if precision == NONE else BITS[precision]
     console.print(
         f"policy     {result['policy']}\n"
         f"hardware   {about['hardware']}\n"
-        f"model      {about['model']}, experts in {about['bits']} bit\n"
+        f"model      {about['model']}, experts in {about['bits']} bit"
+        f"{f', cached in {cached}' if cached != about['bits'] else ''}\n"
         f"budget     {budget_bytes / budget_unit:.2f} {budget_name}, room for "
         f"{min(run.prepared.setting.slots, experts)} of {experts} experts\n"
         f"workload   {count} sequence{'s' if count > 1 else ''}, "
