@@ -20,16 +20,16 @@ from moesim.policies.api import (
     run_on_gpu,
     transfer_ns,
 )
-from moesim.policies.parts.assign import all_on, exact, greedy, threshold
-from moesim.policies.parts.cache import Window, lru_use, new_window, window_count, window_due
-from moesim.policies.parts.loading import LruCache, load, new_lru_cache
+from moesim.policies.parts.assign import all_on, apart, exact, greedy, hss, line_up, threshold
+from moesim.policies.parts.cache import LFU, LRU, Window, new_window, window_count, window_due
+from moesim.policies.parts.loading import DemandCache, load, new_demand_cache, note_use
 from moesim.policies.parts.order import sort_by
 from moesim.types import DECODE, NONE, WHOLE, IntArray
 
-GREEDY, EXACT, THRESHOLD, RESIDENT_ELSE_CPU, ALL_GPU = range(5)
-ASSIGN = ("greedy", "exact", "threshold", "resident", "gpu")
-WINDOW, LRU_CACHE, STATIC_CACHE = range(3)
-CACHES = ("window", "lru", "static")
+GREEDY, EXACT, THRESHOLD, HSS, RESIDENT_ELSE_CPU, ALL_GPU = range(6)
+ASSIGN = ("greedy", "exact", "threshold", "hss", "resident", "gpu")
+WINDOW, LRU_CACHE, LFU_CACHE, STATIC_CACHE = range(4)
+CACHES = ("window", "lru", "lfu", "static")
 PREDICTED, RANDOM, NO_PREFETCH = range(3)
 PREFETCHES = ("predicted", "random", "none")
 
@@ -61,7 +61,7 @@ class Dali(NamedTuple):
     early: int
     count_prefill: int
     window: Window
-    lru: LruCache
+    lru: DemandCache
     cpu_cost_ns: IntArray
     gpu_cost_ns: IntArray
     on_gpu: IntArray
@@ -81,8 +81,8 @@ class Dali(NamedTuple):
         prefetch_size: int = 0,
         w_size: int = 4,
         u_size: int = 0,
-        assign: Literal["greedy", "exact", "threshold", "resident", "gpu"] = "greedy",
-        cache: Literal["window", "lru", "static"] = "window",
+        assign: Literal["greedy", "exact", "threshold", "hss", "resident", "gpu"] = "greedy",
+        cache: Literal["window", "lru", "lfu", "static"] = "window",
         prefetch: Literal["predicted", "random", "none"] = "predicted",
         predictor: str = "auto",
         recall: float = 0.9,
@@ -109,7 +109,7 @@ class Dali(NamedTuple):
         shape = (setting.layers, setting.experts)
         resident = np.zeros(shape, np.int64)
         random = np.random.default_rng(setting.seed)
-        if cache != "lru":
+        if cache not in ("lru", "lfu"):
             for layer in range(setting.layers):
                 resident[layer, random.permutation(setting.experts)[: capacity[layer]]] = WHOLE
         return cls(
@@ -124,7 +124,7 @@ class Dali(NamedTuple):
             early=int(first_swap == "after_step0"),
             count_prefill=int(count_prefill),
             window=new_window(*shape),
-            lru=new_lru_cache(*shape, capacity),
+            lru=new_demand_cache(*shape, capacity, LFU if cache == "lfu" else LRU),
             cpu_cost_ns=np.zeros(setting.experts, np.int64),
             gpu_cost_ns=np.zeros(setting.experts, np.int64),
             on_gpu=np.zeros(setting.experts, np.int64),
@@ -151,7 +151,11 @@ class Dali(NamedTuple):
     def dispatch(self, view: View, plan: Plan) -> None:
         """Assign and start every active expert, then fetch for the next layer behind them."""
         estimate_costs(view, self.cpu_cost_ns, self.gpu_cost_ns)
-        decide(self.assign, view, self.cpu_cost_ns, self.gpu_cost_ns, self.on_gpu)
+        decide(
+            self.assign, view, self.cpu_cost_ns, self.gpu_cost_ns, self.on_gpu, self.candidates,
+            self.listed,
+        )  # fmt: skip
+        loads = self.cache in (LRU_CACHE, LFU_CACHE)
         for i in range(view.n_active):
             if self.on_gpu[view.active[i]] == 0:
                 run_on_cpu(plan, view.active[i])
@@ -159,12 +163,12 @@ class Dali(NamedTuple):
             expert = view.active[i]
             if self.on_gpu[expert] == 1 and view.cached[view.layer, expert] == WHOLE:
                 run_on_gpu(plan, expert)
-                if self.cache == LRU_CACHE:
-                    lru_use(self.lru.order, view.layer, expert)
+                if loads:
+                    note_use(self.lru, view.layer, expert)
         for i in range(view.n_active):
             expert = view.active[i]
             if self.on_gpu[expert] == 1 and view.cached[view.layer, expert] < WHOLE:
-                if self.cache == LRU_CACHE and view.staged[view.layer, expert] == 0:
+                if loads and view.staged[view.layer, expert] == 0:
                     load(view, plan, self.lru, expert)
                 else:
                     run_on_gpu(plan, expert)
@@ -203,15 +207,23 @@ def estimate_costs(view: View, cpu_cost_ns: IntArray, gpu_cost_ns: IntArray) -> 
 
 
 def decide(
-    rule: int, view: View, cpu_cost_ns: IntArray, gpu_cost_ns: IntArray, on_gpu: IntArray
-) -> None:
-    """Apply an assignment rule."""
+    rule: int, view: View, cpu_cost_ns: IntArray, gpu_cost_ns: IntArray, on_gpu: IntArray,
+    arrival_ns: IntArray, queue: IntArray,
+) -> None:  # fmt: skip
+    """Apply an assignment rule; the last two arguments are scratch space (experts,) of `hss`."""
     if rule == GREEDY:
         greedy(view.active, view.n_active, cpu_cost_ns, gpu_cost_ns, on_gpu)
     elif rule == EXACT:
         exact(view.active, view.n_active, cpu_cost_ns, gpu_cost_ns, on_gpu)
     elif rule == THRESHOLD:
         threshold(view.active, view.n_active, cpu_cost_ns, gpu_cost_ns, on_gpu)
+    elif rule == HSS:
+        apart(view, cpu_cost_ns, gpu_cost_ns, arrival_ns)
+        line_up(view.active, view.n_active, view.loads, arrival_ns, on_gpu, queue)
+        hss(
+            queue, view.n_active, cpu_cost_ns, gpu_cost_ns, arrival_ns, transfer_ns(view), 0, 0,
+            on_gpu,
+        )  # fmt: skip
     else:
         all_on(view.active, view.n_active, on_gpu, 1 if rule == ALL_GPU else 0)
         for i in range(view.n_active):
@@ -249,16 +261,20 @@ def fetch_ahead(
             size -= 1
 
 
-def rank_guesses(view: View, candidates: IntArray, listed: IntArray) -> int:
-    """List the guessed experts, most tokens first, then the better rank; return how many."""
+def rank_guesses(view: View, candidates: IntArray, listed: IntArray, which: int = 0) -> int:
+    """List the experts of one of the predictions; return how many.
+
+    Most tokens first, then the better rank. The last two arrays are scratch space (experts,).
+    """
     listed[:] = 0
     n = 0
     for rank in range(view.ids.shape[1]):
-        for token in range(view.predicted_tokens[0]):
-            expert = view.predicted_ids[0, token, rank]
+        for token in range(view.predicted_tokens[which]):
+            expert = view.predicted_ids[which, token, rank]
             if expert != NONE and listed[expert] == 0:
                 # Each token more counts for more than all places in the list.
-                listed[expert] = view.predicted_loads[0, expert] * len(listed) + len(listed) - n
+                tokens = view.predicted_loads[which, expert]
+                listed[expert] = tokens * len(listed) + len(listed) - n
                 candidates[n] = expert
                 n += 1
     sort_by(candidates, n, n, listed, -1)

@@ -15,6 +15,7 @@ from moesim.policies.api import (
     transfer_ns,
 )
 from moesim.policies.parts.assign import threshold
+from moesim.policies.parts.placement import by_popularity, resident
 from moesim.types import WHOLE, IntArray
 
 CODE_CPU, CODE_GPU = 7, 70
@@ -59,11 +60,8 @@ class Fiddler(NamedTuple):
     ) -> "Fiddler":
         """Fill the budget, less the placeholder, with the most popular experts."""
         staging = min(1, setting.slots)
-        resident = np.zeros((setting.layers, setting.experts), np.int64)
-        by_use = np.argsort(-setting.popularity, axis=None, kind="stable")
-        resident.ravel()[by_use[: setting.slots - staging]] = WHOLE
         return cls(
-            resident=resident,
+            resident=resident(setting, by_popularity(setting)[: setting.slots - staging]),
             staging=staging,
             serial=int(order == "serial"),
             by_code=int(cost == "code"),

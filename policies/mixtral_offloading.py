@@ -5,22 +5,18 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.policies.api import (
-    CACHE,
     Placement,
     Plan,
     Prediction,
     Setting,
     View,
-    admit,
     even_split,
-    evict,
     fetch,
     layer_caches,
-    run_on_gpu,
 )
 from moesim.policies.dali import rank_guesses
-from moesim.policies.parts.cache import lru_use, order_leave, order_oldest
-from moesim.policies.parts.loading import LruCache, new_lru_cache
+from moesim.policies.parts.cache import lru_use
+from moesim.policies.parts.loading import DemandCache, new_demand_cache, run_replacing
 from moesim.types import WHOLE, IntArray
 
 
@@ -44,7 +40,7 @@ class MixtralOffloading(NamedTuple):
     paper's); the released code copies victims back to the host, which is not simulated.
     """
 
-    cache: LruCache
+    cache: DemandCache
     speculative: int
     staging: int
     resident: IntArray
@@ -78,7 +74,7 @@ class MixtralOffloading(NamedTuple):
             min(cached, setting.experts) or setting.experts,
         )
         shape = (setting.layers, setting.experts)
-        cache = new_lru_cache(*shape, capacity)
+        cache = new_demand_cache(*shape, capacity)
         resident = np.zeros(shape, np.int64)
         for layer in range(setting.layers):
             for expert in range(capacity[layer]):
@@ -110,37 +106,9 @@ class MixtralOffloading(NamedTuple):
 
     def dispatch(self, view: View, plan: Plan) -> None:
         """Run what is cached, then what was guessed, then what must be loaded; then guess."""
-        layer = view.layer
-        for i in range(view.n_active):
-            if view.cached[layer, view.active[i]] == WHOLE:
-                lru_use(self.cache.order, layer, view.active[i])
-                run_on_gpu(plan, view.active[i])
-        keeps = self.cache.capacity[layer] > 0
-        for i in range(view.n_active):
-            expert = view.active[i]
-            if view.cached[layer, expert] < WHOLE and view.staged[layer, expert] == WHOLE:
-                if keeps:
-                    replace_oldest(view, plan, self.cache, self.nobody)
-                    admit(plan, layer, expert)
-                    lru_use(self.cache.order, layer, expert)
-                run_on_gpu(plan, expert)
-        for i in range(view.n_active):
-            expert = view.active[i]
-            if view.cached[layer, expert] < WHOLE and view.staged[layer, expert] < WHOLE:
-                if keeps:
-                    replace_oldest(view, plan, self.cache, self.nobody)
-                    fetch(plan, layer, expert, into=CACHE, urgent=1)
-                    lru_use(self.cache.order, layer, expert)
-                run_on_gpu(plan, expert)
-        if self.speculative > 0 and layer < len(view.cached) - 1:
+        run_replacing(view, plan, self.cache, self.nobody)
+        if self.speculative > 0 and view.layer < len(view.cached) - 1:
             speculate(view, plan, self.speculative, self.candidates, self.listed)
-
-
-def replace_oldest(view: View, plan: Plan, cache: LruCache, nobody: IntArray) -> None:
-    """Give up the expert of this layer that was used least recently: its cache is always full."""
-    victim = order_oldest(cache.order, view.layer, nobody)
-    order_leave(cache.order, view.layer, victim)
-    evict(plan, view.layer, victim)
 
 
 def speculate(view: View, plan: Plan, size: int, candidates: IntArray, listed: IntArray) -> None:

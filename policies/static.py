@@ -12,12 +12,12 @@ from moesim.policies.api import (
     Plan,
     Setting,
     View,
-    even_split,
     layer_caches,
     run_on_cpu,
     run_on_gpu,
 )
-from moesim.types import WHOLE, IntArray
+from moesim.policies.parts.placement import across_layers, by_popularity, resident
+from moesim.types import IntArray
 
 
 class Static(NamedTuple):
@@ -41,32 +41,27 @@ class Static(NamedTuple):
         file: str = "",
     ) -> "Static":
         """`file`, for order=list: JSON [[layer, expert], ...], or [layer, ...] by layer."""
-        shape = (setting.layers, setting.experts)
-        resident = np.zeros(shape, np.int64)
+        layers, experts = setting.layers, setting.experts
         if order == "list":
-            wanted = read_list(file, by, shape)
+            pairs = read_list(file, by, (layers, experts))
+            wanted = np.array([layer * experts + expert for layer, expert in pairs], np.int64)
         elif by == "layer":
-            layers = range(setting.layers - 1, -1, -1)
             if order == "popularity":
                 raise InputError("policy static: every layer is equally popular; use by=expert")
-            wanted = [(layer, expert) for layer in layers for expert in range(setting.experts)]
+            wanted = np.arange(layers * experts).reshape(layers, experts)[::-1].ravel()
         elif order == "index":
-            counts = even_split(min(setting.slots, resident.size), setting.layers)
-            wanted = [(layer, e) for layer in range(setting.layers) for e in range(counts[layer])]
+            wanted = across_layers(setting)
         else:
             if not setting.popularity.any():
                 raise InputError(
                     "policy static: order=popularity counts on the part of the trace that is not "
                     "replayed, and nothing is left of it; replay fewer sequences"
                 )
-            by_use = np.argsort(-setting.popularity, axis=None, kind="stable")
-            wanted = [divmod(int(pair), setting.experts) for pair in by_use]
+            wanted = by_popularity(setting)
         fits = setting.slots
         if by == "layer":
-            fits -= fits % setting.experts
-        for layer, expert in wanted[:fits]:
-            resident[layer, expert] = WHOLE
-        return cls(resident)
+            fits -= fits % experts
+        return cls(resident(setting, wanted[:fits]))
 
     def place(self, setting: Setting) -> Placement:
         """Fill exactly the slots that are used."""

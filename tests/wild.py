@@ -4,6 +4,7 @@ import random
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
+import msgspec
 import numpy as np
 
 import moesim.policies.testing as lab
@@ -24,6 +25,7 @@ class Wild(NamedTuple):
     capacity: IntArray
     """(pools,)"""
     pool_of_layer: IntArray
+    slot_bytes: int
     precision: dict[tuple[int, int], int]
     placement: Placement
 
@@ -51,6 +53,7 @@ class Wild(NamedTuple):
             cache_slots=capacity,
             cache_slot_bytes=np.full(pools, setting.expert_bytes),
             pool_of_layer=pool_of_layer,
+            spare_slots=rng.randint(0, 3),
             staging_slots=staging,
             batches=rng.randint(1, setting.sequences),
             predictions=tuple(
@@ -65,13 +68,19 @@ class Wild(NamedTuple):
             kv_on_host=rng.random() < 0.3,
             dense_on_host=rng.random() < 0.3,
             on_disk=on_disk.astype(np.int64) if rng.random() < 0.3 else None,
+            sync_batches=rng.random() < 0.2,
         )
-        return cls(rng, capacity, pool_of_layer, {}, placement)
+        if placement.kv_on_host and rng.random() < 0.5:
+            placement = msgspec.structs.replace(placement, attention_on_cpu=True)
+        return cls(rng, capacity, pool_of_layer, setting.expert_bytes, {}, placement)
 
     def place(self, setting: Setting) -> Placement:
         return self.placement
 
     def before_attention(self, view: View, plan: Plan) -> None:
+        if view.layer == 0 and self.random.random() < 0.2:
+            resize_pools(self, view, plan)
+            return
         around(self, view, plan, gate=True)
 
     def before_gate(self, view: View, plan: Plan) -> None:
@@ -111,6 +120,20 @@ class Wild(NamedTuple):
         around(self, view, plan)
 
 
+def resize_pools(self: Wild, view: View, plan: Plan) -> None:
+    """Take a slot from one pool, which loses what it holds; another one, or nobody, gets it."""
+    rng = self.random
+    layers = [rng.randrange(len(self.pool_of_layer)) for _ in range(2)]
+    for layer, change in zip(layers, (-1, rng.randint(0, 1)), strict=True):
+        pool = self.pool_of_layer[layer]
+        if self.capacity[pool] + change < 0:
+            return
+        self.capacity[pool] += change
+        api.resize(plan, layer, int(self.capacity[pool]), self.slot_bytes)
+        for at in [at for at in self.precision if self.pool_of_layer[at[0]] == pool]:
+            del self.precision[at]
+
+
 def around(  # noqa: PLR0912  one branch per command
     self: Wild, view: View, plan: Plan, *, gate: bool = False, busy: bool = False
 ) -> None:
@@ -132,7 +155,7 @@ def around(  # noqa: PLR0912  one branch per command
                 cached[layer, expert] = WHOLE
                 free[self.pool_of_layer[layer]] -= 1
                 self.precision[layer, expert] = NONE
-    gates = 0
+    gates, most_gates = 0, 2 if self.placement.attention_on_cpu else 3
     for _ in range(rng.randint(0, 3)):
         layer, expert = rng.randrange(layers), rng.randrange(experts)
         pool = self.pool_of_layer[layer]
@@ -163,7 +186,7 @@ def around(  # noqa: PLR0912  one branch per command
                 api.cancel(plan, layer, expert)
             case 7:
                 api.promote(plan, layer, expert)
-            case 8 if gate and gates < 3 and view.cached[view.layer, expert] > 0:
+            case 8 if gate and gates < most_gates and view.cached[view.layer, expert] > 0:
                 if cached[view.layer, expert] > 0:
                     api.gate_after(plan, expert)
                     gates += 1
@@ -172,6 +195,9 @@ def around(  # noqa: PLR0912  one branch per command
 
 
 VARIANTS = (
+    "adapmoe:predictor=previous",
+    "adapmoe:ahead=3,predictor=oracle",
+    "adapmoe:ahead=0",
     "all-cpu",
     "all-gpu:rest=on-demand",
     "fate",
@@ -179,22 +205,51 @@ VARIANTS = (
     "fate:arc=textbook,percentile=50,demand=int2,int2_rate=.9,shallow=0,staging=2,gate=cpu",
     "fiddler",
     "fiddler:cost=code,order=overlap",
+    "flexgen",
+    "flexgen:form=released,batches=2",
+    "flexgen:batches=3,kv=host",
+    "flexgen:form=released,batches=3,kv=host,cpu_attention=true",
     "huang",
     "huang:ways=2,rule=lru,quota=3,hit_first=false,link=fifo",
     "huang:rule=fifo,in_flight=miss,protect=true",
+    "hybrimoe:predictor=previous",
+    "hybrimoe:prefetch=score,when=one-row,rows=first,cost=deepseek,link=priority",
+    "hybrimoe:predictor=oracle,ahead=2,assign=threshold,cache=lru,staging=1",
+    "ktransformers",
+    "ktransformers:mask=frequency,deferred=1",
+    "ktransformers:mask=random,deferred=9",
+    "klotski",
+    "klotski:bs=1,hot=9,vote=port,kv=host",
+    "klotski:bs=2,hot=1,order=id,gate_waits_for_hot=false,merge_gemm=true",
     "mixtral-offloading:predictor=previous",
     "mixtral-offloading:cached=1,speculative=1,predictor=oracle",
+    "moe-lightning",
+    "moe-lightning:batches=2,pages=false",
+    "moe-lightning:batches=1,attention=gpu",
+    "moe-infinity",
+    "moe-infinity:evict=code,match=code,staging=1",
+    "moe-infinity:evict=request",
+    "moepic:predictor=previous,period=2,epsilon=0.1",
+    "moepic:predictor=oracle,theta=0.4",
+    "moepic:predictor=popularity,theta=1,link=fifo,buffer=1",
+    "moepic:predictor=oracle,theta=0",
     "on-demand",
     "lru",
+    "lru:rule=lfu",
+    "lru:rule=fifo,staging=1",
     "oracle",
     "oracle:staging=1",
+    "pregated",
+    "pregated:ahead=2",
     "static",
     "static:by=expert",
     "belady",
     "belady:staging=1",
     "dali",
     "dali:cache=lru,prefetch_size=2",
+    "dali:cache=lfu",
     "dali:assign=exact,swap=guarded,link=priority,w_size=1",
+    "dali:assign=hss,prefetch_size=2",
     "dali:predictor=noisy-oracle,prefetch_size=3,w_size=2,u_size=2,link=priority",
 )
 """Every built-in policy, with its rules in turn."""
@@ -259,6 +314,7 @@ def cases(draw: st.DrawFn, *, calm: bool = False) -> Case:
     }
     if calm:  # whole ns per byte, and for each 1/1024 of an expert: k times the costs is exact
         ns |= {"copy_ns_per_kib": 1024 * draw(st.sampled_from((1, 2, 5))), "gpu": 1024 * ns["gpu"]}
+    ns |= {"cpu_context": draw(st.sampled_from((0, 20)))}
     costs = lab.make_costs(layers, **ns, kv_bytes=100, dense_bytes=700)
     settings = [f"link.chunk_bytes={1 << 40 if calm else draw(st.sampled_from((1, 100, 256)))}"]
     if not calm:

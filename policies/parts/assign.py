@@ -1,13 +1,15 @@
 """Assignment rules: which device computes each active expert of a layer step.
 
 All work on the same arrays: for each active expert its time on the CPU, and its cost on the GPU,
-which contains the copy of weights that are not there. They set `on_gpu[expert]` to 1 or 0.
+which contains the copy of weights that are not there; `hss` keeps the two apart. They set
+`on_gpu[expert]` to 1 or 0.
 """
 
 import numpy as np
 
-from moesim.policies.parts.order import sort_by
-from moesim.types import IntArray
+from moesim.policies.api import View, arriving_ns
+from moesim.policies.parts.order import IDS, sort_by
+from moesim.types import NONE, WHOLE, IntArray
 
 EXACT_STATES = 1 << 16
 """`exact` is exact as long as so many different sums, none better than another, are enough."""
@@ -120,3 +122,73 @@ def exact(  # noqa: PLR0912  a merge and a search, which share their arrays
         on_gpu[active[i]] = 1 if origin_of_best >= 0 else 0
         best = origin_of_best if origin_of_best >= 0 else -1 - origin_of_best
     return end
+
+
+def apart(view: View, cpu_ns: IntArray, gpu_ns: IntArray, arrival_ns: IntArray) -> None:
+    """Fill in each active expert's computation on either device, and when its weights arrive.
+
+    0: they are there; NONE: nobody has asked for them.
+    """
+    for i in range(view.n_active):
+        expert = view.active[i]
+        cpu_ns[expert] = view.cpu_ns[expert]
+        gpu_ns[expert] = view.gpu_ns[expert]
+        arrival_ns[expert] = NONE
+        if view.cached[view.layer, expert] == WHOLE or view.staged[view.layer, expert] == WHOLE:
+            arrival_ns[expert] = arriving_ns(view, view.layer, expert)
+
+
+def line_up(
+    active: IntArray, n_active: int, loads: IntArray, arrival_ns: IntArray, key: IntArray,
+    queue: IntArray,
+) -> None:  # fmt: skip
+    """List active experts for `hss`: those whose weights are there, are coming, then the others.
+
+    Each by falling load, equal loads in the order of `active`. `key` (experts,) is scratch space.
+    """
+    for i in range(n_active):
+        expert = active[i]
+        queue[i] = expert
+        key[expert] = loads[expert] * IDS + n_active - i
+        if arrival_ns[expert] != NONE:
+            key[expert] += 1 << (42 if arrival_ns[expert] > 0 else 43)
+    sort_by(queue, n_active, n_active, key, -1)
+
+
+def hss(
+    queue: IntArray, n_active: int, cpu_ns: IntArray, gpu_ns: IntArray, arrival_ns: IntArray,
+    copy_ns: int, link_ns: int, first_cpu_ns: int, on_gpu: IntArray,
+) -> tuple[int, int]:  # fmt: skip
+    """Let the GPU take experts from the front of a queue and the CPU from its back.
+
+    HybriMoE's released code (`PKU-SEC-Lab/HybriMoE`, `operators/experts.py`, HSS): whoever would be
+    done first with its next expert takes it, the GPU if both would. `queue` is that of `line_up`;
+    the GPU waits for weights, which are copied in `copy_ns` each, one after the other, from
+    `link_ns` on; the first expert on the CPU takes `first_cpu_ns` more. Returns when GPU and CPU
+    are done.
+    """
+    gpu_end = 0
+    cpu_end = 0
+    front = 0
+    back = n_active - 1
+    while front <= back:
+        expert = queue[front]
+        arrival = arrival_ns[expert]
+        if arrival == NONE:
+            arrival = link_ns + copy_ns
+        gpu_next = max(gpu_end, arrival) + gpu_ns[expert]
+        other = queue[back]
+        cpu_next = cpu_end + cpu_ns[other]
+        if back == n_active - 1:
+            cpu_next += first_cpu_ns
+        if gpu_next <= cpu_next:
+            gpu_end = gpu_next
+            if arrival_ns[expert] == NONE:
+                link_ns += copy_ns
+            on_gpu[expert] = 1
+            front += 1
+        else:
+            cpu_end = cpu_next
+            on_gpu[other] = 0
+            back -= 1
+    return gpu_end, cpu_end

@@ -8,7 +8,7 @@ from moesim.errors import PolicyError
 from moesim.jit.store import disabled
 from moesim.policies.api import Setting
 from moesim.policies.registry import choose
-from moesim.sim.replay import Replayed
+from moesim.run import Prepared
 
 COSTS = lab.make_costs(
     2, attention=100, gate=10, gpu=40, cpu=70, combine=5, head=7, copy_ns_per_kib=200
@@ -21,10 +21,10 @@ class TestAllGpu(lab.PolicyConformance):
 
     policy = "all-gpu"
 
-    def replay(self, **changes: Any) -> Replayed:
+    def prepare(self, **changes: Any) -> Prepared:
         if changes.get("slots") != 0:
             changes["slots"] = 100
-        return super().replay(**changes)
+        return super().prepare(**changes)
 
 
 class TestAllGpuWithTheRestOnDemand(lab.PolicyConformance):

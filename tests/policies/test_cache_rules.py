@@ -1,5 +1,5 @@
 import sys
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moesim.policies.testing as lab
 from moesim.model import expert_bytes, load_model
 from moesim.policies.parts.cache import (
     Order,
     fifo_use,
+    lfu_use,
     lru_use,
     new_order,
     order_append,
+    order_least,
     order_leave,
     order_oldest,
 )
@@ -31,7 +34,8 @@ from moesim.types import CAUSES, COPY_IN, DEMAND, EXPERT_GPU, NONE, OUTCOMES, RE
 
 GENERAL = Path(__file__).resolve().parents[2].parent / "shared/traces/qwen3-30b-a3b-general.npz"
 LAYER = 24
-RULES = {"LRU": lru_use, "FIFO": fifo_use}
+NEVER = (1 << 63) - 1
+RULES = ("LRU", "FIFO", "LFU")
 
 Step = dict[int, list[list[int]]]
 """By layer: the experts of each token in rank order."""
@@ -43,28 +47,42 @@ Outcome = dict[tuple[int, int], tuple[set[int], set[int]]]
 def own_hits(rule: str, accesses: list[int], capacity: int, experts: int) -> list[bool]:
     """Return hit or miss of each access to a cache of one layer, kept with the rule functions."""
     order = new_order(1, experts)
+    uses = np.zeros((1, experts), np.int64)
     nobody = np.zeros(experts, np.int64)
     inside: set[int] = set()
     hits = []
     for expert in accesses:
         hits.append(expert in inside)
-        if expert in inside:
-            RULES[rule](order, 0, expert)
-            continue
-        if len(inside) == capacity:
-            victim = order_oldest(order, 0, nobody)
-            order_leave(order, 0, victim)
-            inside.remove(victim)
-        order_append(order, 0, expert)
-        inside.add(expert)
+        if expert not in inside:
+            if len(inside) == capacity:
+                victim = order_least(order, uses, 0, nobody)
+                order_leave(order, 0, victim)
+                uses[0, victim] = 0
+                inside.remove(victim)
+            order_append(order, 0, expert)
+            inside.add(expert)
+        if rule == "LFU":
+            lfu_use(order, uses, 0, expert)
+        else:
+            {"LRU": lru_use, "FIFO": fifo_use}[rule](order, 0, expert)
     return hits
 
 
 def libcachesim_hits(rule: str, accesses: list[int], capacity: int) -> list[bool]:
+    """Return its hits and misses; Belady's rule is told when each is accessed next."""
     import libcachesim
 
     cache = getattr(libcachesim, rule)(cache_size=capacity)
-    return [bool(cache.get(libcachesim.Request(obj_id=e, obj_size=1))) for e in accesses]
+    hits = []
+    next_use: dict[int, int] = {}
+    later = []
+    for at, expert in reversed([*enumerate(accesses)]):
+        later.append(next_use.get(expert, NEVER))
+        next_use[expert] = at
+    for expert, then in zip(accesses, reversed(later), strict=True):
+        request = libcachesim.Request(obj_id=expert, obj_size=1, next_access_vtime=then)
+        hits.append(bool(cache.get(request)))
+    return hits
 
 
 def accesses_of(trace: Trace, layer: int) -> list[int]:
@@ -75,7 +93,7 @@ def accesses_of(trace: Trace, layer: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libcachesim is for Linux")
 @pytest.mark.parametrize("capacity", [1, 3, 8, 20, 31, 32])
-@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("rule", RULES)
 def test_rules_equal_libcachesim_access_by_access(rule: str, capacity: int) -> None:
     trace = synthesize(layers=2, experts=32, top_k=4, sequences=3, prompt=50, generate=150, seed=3)
     accesses = accesses_of(trace, 1)
@@ -89,7 +107,7 @@ def test_rules_equal_libcachesim_access_by_access(rule: str, capacity: int) -> N
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libcachesim is for Linux")
 @pytest.mark.skipif(not GENERAL.is_file(), reason="needs the recorded trace")
-@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("rule", RULES)
 def test_rules_equal_libcachesim_on_a_recorded_trace(rule: str) -> None:
     accesses = accesses_of(load_trace(GENERAL), LAYER)
     rates = []
@@ -106,6 +124,18 @@ def test_lru_and_fifo_differ_after_a_hit() -> None:
     """With 2 places: 1 2 1 3 leaves {1, 3} under LRU and {2, 3} under FIFO."""
     assert own_hits("LRU", [1, 2, 1, 3, 1], 2, 4) == [False, False, True, False, True]
     assert own_hits("FIFO", [1, 2, 1, 3, 1], 2, 4) == [False, False, True, False, False]
+
+
+def test_lfu_keeps_what_is_used_most_and_of_equals_what_was_used_last() -> None:
+    """With 2 places: 3 replaces 2, for 1 has two uses. At three each, 1 is older and 2 replaces it.
+
+    What 1 was used before it left no longer counts: it replaces 2, and 3 hits.
+    """
+    accesses = [1, 1, 2, 3, 1, 3, 3, 2, 1, 3]
+    assert own_hits("LFU", accesses, 2, 4) == [
+        False, True, False, False, True, True, True, False, False, True,
+    ]  # fmt: skip
+    assert own_hits("LRU", accesses, 2, 4)[4] is False
 
 
 EXPERTS = 6
@@ -170,26 +200,33 @@ def steps_of_trace(trace: Trace, workload: Workload) -> list[Step]:
     return [{la: trace.experts[rows, la].tolist() for la in range(trace.layers)} for rows in passes]
 
 
-def protected_lru(steps: list[Step], capacity: list[int]) -> Outcome:
+def protected(rule: str, steps: list[Step], capacity: list[int]) -> Outcome:
     """Return who hits and who misses in caches that never evict an expert active in the step."""
-    caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in capacity]
+    caches: list[list[int]] = [[] for _ in capacity]  # the oldest first
+    uses: list[Counter[int]] = [Counter() for _ in capacity]
     outcome: Outcome = {}
     for number, step in enumerate(steps):
         for layer, tokens in step.items():
-            cache = caches[layer]
+            inside, used = caches[layer], uses[layer]
             active = list(dict.fromkeys(expert for token in tokens for expert in token))
-            hits = [expert for expert in active if expert in cache]
-            misses = [expert for expert in active if expert not in cache]
+            hits = [expert for expert in active if expert in inside]
+            misses = [expert for expert in active if expert not in inside]
             outcome[number, layer] = (set(hits), set(misses))
             for expert in hits:
-                cache.move_to_end(expert)
+                used[expert] += 1
+                if rule != "fifo":
+                    inside.remove(expert)
+                    inside.append(expert)
             for expert in misses:
-                if len(cache) == capacity[layer]:
-                    victim = next((old for old in cache if old not in active), None)
-                    if victim is None:
+                if len(inside) == capacity[layer]:
+                    others = [old for old in inside if old not in active]
+                    if not others:
                         continue
-                    del cache[victim]
-                cache[expert] = None
+                    victim = min(others, key=used.__getitem__) if rule == "lfu" else others[0]
+                    inside.remove(victim)
+                    del used[victim]
+                inside.append(expert)
+                used[expert] = 1
     return outcome
 
 
@@ -213,7 +250,8 @@ def logged(run: Replayed) -> Outcome:
 def assert_same_hits(run: Replayed, trace: Trace) -> int:
     """Compare a run with the independent cache, step by step; return its hits."""
     steps = steps_of_trace(trace, run.prepared.workload)
-    expected = protected_lru(steps, run.prepared.policy.cache.capacity.tolist())
+    rule = run.prepared.chosen.parameters["rule"]
+    expected = protected(rule, steps, run.prepared.policy.cache.capacity.tolist())
     assert logged(run) == expected
     hits = sum(len(hits) for hits, _ in expected.values())
     counts = np.asarray(run.prepared.host.counts)[:, :, 0]
@@ -226,7 +264,9 @@ def assert_same_hits(run: Replayed, trace: Trace) -> int:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("spec", ["lru", "lru:staging=1", "lru:staging=5"])
+@pytest.mark.parametrize(
+    "spec", ["lru", "lru:staging=1", "lru:staging=5", "lru:rule=fifo", "lru:rule=lfu"]
+)
 def test_replayed_hits_equal_a_cache_that_protects_active_experts(
     run: Callable[..., Replayed], trace: Trace, spec: str, batch: int
 ) -> None:
@@ -244,6 +284,57 @@ def test_replayed_hits_equal_it_on_a_recorded_trace(profile: HardwareProfile) ->
     model = load_model("qwen3-30b-a3b")
     workload = cut(trace, batch=2, prompt=8, generate=12)
     budget_bytes = 48 * 32 * expert_bytes(model)
-    prepared = prepare(trace, workload, model, profile, choose("lru"), budget_bytes=budget_bytes)
+    hits = set()
+    for rule in ("lru", "fifo", "lfu"):
+        chosen = choose(f"lru:rule={rule}")
+        prepared = prepare(trace, workload, model, profile, chosen, budget_bytes=budget_bytes)
+        hits.add(assert_same_hits(replay(prepared, record=True), trace))
+    assert len(hits) == 3
 
-    assert assert_same_hits(replay(prepared, record=True), trace) > 0
+
+def missed(
+    spec: str, tokens: list[list[list[int]]], slots: int, **options: Any
+) -> list[tuple[int, int]]:
+    """Return step and expert of each copy in a model of one layer of 8 experts."""
+    costs = lab.make_costs(1, attention=9, gpu=4)
+    done = lab.run(choose(spec), tokens, costs, experts=8, slots=slots, **options)
+    assert done.log is not None
+    rows = done.log.operations
+    return [(int(r["step"]), int(r["expert"])) for r in rows[rows["kind"] == COPY_IN]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libcachesim is for Linux")
+@pytest.mark.parametrize("capacity", [1, 2, 4, 7])
+@pytest.mark.parametrize("rule", [*RULES, "Belady"])
+def test_policies_miss_when_libcachesim_does_with_one_expert_per_token(
+    rule: str, capacity: int
+) -> None:
+    rng = np.random.default_rng(capacity)
+    accesses = (rng.integers(0, 8, 300) * rng.integers(0, 2, 300)).tolist()
+    spec = "belady:staging=1" if rule == "Belady" else f"lru:staging=1,rule={rule.lower()}"
+
+    found = missed(spec, [[[e]] for e in accesses], capacity + 1)
+
+    hits = libcachesim_hits(rule, accesses, capacity)
+    assert found == [(at, e) for at, e in enumerate(accesses) if not hits[at]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libcachesim is for Linux")
+@pytest.mark.parametrize("rule", RULES)
+def test_where_policies_and_libcachesim_part(rule: str) -> None:
+    """2 and 0 are needed together, and 0 is there: a policy uses it before it loads 2 for 1.
+
+    libCacheSim looks 2 up first, in place of 0, which it then lacks.
+    """
+    tokens = [[0, 1], [2, 0]]
+    assert libcachesim_hits(rule, [0, 1, 2, 0], 2) == [False] * 4
+    assert missed(f"lru:staging=1,rule={rule.lower()}", [[t] for t in tokens], 3) == [
+        (0, 0), (0, 1), (1, 2),
+    ]  # fmt: skip
+
+
+def test_several_tokens_of_a_step_count_as_one_use() -> None:
+    """Three tokens of a prompt use 1, two steps use 0: 1 leaves for 2, having one use."""
+    tokens = [[[1]], [[1]], [[1]], [[0]], [[0]], [[2]], [[1]]]
+    found = missed("lru:staging=1,rule=lfu", tokens, 3, prompts=(3,))
+    assert found == [(0, 1), (1, 0), (3, 2), (4, 1)]

@@ -96,7 +96,7 @@ def test_parameters_are_read_as_what_they_are() -> None:
 
 def test_overrides_win_over_the_text() -> None:
     chosen = choose("lru:staging=5", {"staging": 7})
-    assert chosen.parameters == {"staging": 7}
+    assert chosen.parameters == {"staging": 7, "rule": "lru"}
     assert chosen.spec == "lru:staging=7"
 
 
@@ -157,9 +157,9 @@ def test_unknown_parameters_are_refused_with_the_names_that_exist(item: str) -> 
         ("count_prefill", "1", "true|false"),
         ("count_prefill", "yes", "true|false"),
         ("count_prefill", "", "true|false"),
-        ("cache", "Lru", "window|lru|static"),
-        ("cache", "fifo", "window|lru|static"),
-        ("assign", "", "greedy|exact|threshold|resident|gpu"),
+        ("cache", "Lru", "window|lru|lfu|static"),
+        ("cache", "fifo", "window|lru|lfu|static"),
+        ("assign", "", "greedy|exact|threshold|hss|resident|gpu"),
         ("swap", "strict ", "strict|guarded"),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_public_method_that_is_no_hook_is_refused(
 
 
 def test_hooks_and_private_methods_are_allowed(tmp_path: Path) -> None:
-    methods = [*HOOKS[:3], "after_layer", "_helper"]
+    methods = [*HOOKS[:3], "after_layer", "plan", "_helper"]
     text = GOOD + "".join(f"\n    def {m}(self, view, plan):\n        pass\n" for m in methods)
     assert choose(written(tmp_path, text)).hooks == (1 << len(HOOKS)) - 1
 
