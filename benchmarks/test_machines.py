@@ -25,7 +25,12 @@ from moesim.traces.workload import cut
 pytestmark = pytest.mark.bench
 
 RECORDED = Path(__file__).resolve().parents[2] / "shared/traces/qwen3-30b-a3b-code.npz"
-VARIANTS = ("dali:cache=lru", "static:by=expert")
+POLICIES = [
+    *(name for name in names() if name != "all-gpu"),  # which refuses what does not fit
+    "all-gpu:rest=on-demand",
+    "dali:cache=lru",
+    "static:by=expert",
+]
 SHORT, LONG = 64, 1024
 """Tokens to generate: what SimPy does in a second, and what lasts long enough when compiled."""
 PROMPT = 64
@@ -70,7 +75,7 @@ def layer_steps_per_s(run: Replayed) -> float:
     return len(run.heads) * run.prepared.setting.layers / run.wall_s
 
 
-@pytest.mark.parametrize("policy", [*names(), *VARIANTS])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_compiled_against_simpy(policy: str) -> None:
     replay(prepared(policy, SHORT), machine="compiled")  # compiles, if that was never done
     simpy, short, long = [], [], []

@@ -19,8 +19,8 @@ from moesim.policies.api import (
     layer_caches,
 )
 from moesim.policies.dali import rank_guesses
-from moesim.policies.parts.cache import lru_use
-from moesim.policies.parts.loading import DemandCache, new_demand_cache, run_replacing
+from moesim.policies.parts.guesses import predictions
+from moesim.policies.parts.loading import DemandCache, full_demand_cache, run_replacing
 from moesim.types import DECODE, NONE, WHOLE, FloatArray, IntArray
 
 MIXTRAL_ACCURACY = (
@@ -80,8 +80,7 @@ class AdapMoe(NamedTuple):
     candidates: IntArray
     listed: IntArray
     """(experts,): scratch space."""
-    predictor: str
-    recall: float
+    predictions: tuple[Prediction, ...]
     notice: str
 
     @classmethod
@@ -96,30 +95,26 @@ class AdapMoe(NamedTuple):
     ) -> "AdapMoe":
         """`accuracy`: of guesses, for the split; `ahead`: so many layers, 0 to 3.
 
-        `recall` is of predictor=noisy-oracle.
+        `predictor=gate` is gate1, gate2, gate3; `recall` is of predictor=noisy-oracle.
         """
         if ahead > MOST_AHEAD:
             raise InputError(f"policy adapmoe: ahead={ahead} is not legal; 0..{MOST_AHEAD} is")
+        guesses = predictions(predictor, ahead, recall)
         staging = max(1, min(ahead, setting.slots))
         slots = max(0, setting.slots - staging)
         rates = np.zeros(setting.layers)
         notice = ""
         if split == "dp" and ahead > 0:
-            rates, notice = accuracy_of(setting, accuracy, Prediction(predictor, recall=recall))
+            rates, notice = accuracy_of(setting, accuracy, guesses[0])
         if rates.any():
             loads = expected_loads(setting.experts, setting.top_k, rates)
             capacity = best_split(loads, slots)
         else:
             capacity = np.minimum(even_split(slots, setting.layers), setting.experts)
-        shape = (setting.layers, setting.experts)
-        cache = new_demand_cache(*shape, capacity)
-        resident = np.zeros(shape, np.int64)
-        for layer in range(setting.layers):
-            for expert in range(setting.experts - capacity[layer], setting.experts):
-                resident[layer, expert] = WHOLE
-                lru_use(cache.order, layer, expert)
+        first = setting.experts - capacity[:, np.newaxis]
+        resident = np.where(np.arange(setting.experts) >= first, WHOLE, 0)
         return cls(
-            cache=cache,
+            cache=full_demand_cache(resident),
             ahead=ahead,
             staging=staging,
             resident=resident,
@@ -127,8 +122,7 @@ class AdapMoe(NamedTuple):
             nobody=np.zeros(setting.experts, np.int64),
             candidates=np.zeros(setting.experts, np.int64),
             listed=np.zeros(setting.experts, np.int64),
-            predictor=predictor,
-            recall=recall,
+            predictions=guesses,
             notice=notice,
         )
 
@@ -139,10 +133,7 @@ class AdapMoe(NamedTuple):
             cached=self.resident,
             slots=self.cache.capacity,
             staging_slots=self.staging,
-            predictions=tuple(
-                Prediction(self.predictor, distance=distance, recall=self.recall)
-                for distance in range(1, self.ahead + 1)
-            ),
+            predictions=self.predictions,
             link="fifo",
             notices=(self.notice,) if self.notice else (),
         )

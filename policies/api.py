@@ -274,7 +274,8 @@ class Prediction(NamedTuple):
 class Offline(NamedTuple):
     """What was observed beforehand: the part of the trace that is not replayed.
 
-    A sequence's tokens follow one another, as they were forwarded.
+    That is the sequences of which nothing is replayed; if there are none, the rest of the others. A
+    sequence's tokens follow one another, as they were forwarded.
     """
 
     ids: IntArray
@@ -307,7 +308,8 @@ class Setting(NamedTuple):
     step_tokens: int
     """Most tokens of one step."""
     popularity: IntArray
-    """(L, E): how often each expert was chosen in the part of the trace that is not replayed."""
+    """(L, E): how often each expert was chosen in the part of the trace that is not replayed, which
+    is that of `offline`."""
     seed: int
     future: IntArray = np.zeros((0, 4), np.int64)
     """(activations, 4): step, layer, expert and tokens of each, in this order, of the whole run;

@@ -45,9 +45,10 @@ class Dali(NamedTuple):
     guesses to the better one; prefetched weights have slots of their own and leave after their
     layer; experts that are resident are skipped when choosing what to prefetch; weights still on
     their way cost their remaining time; the prompt does not count towards the window; copies share
-    one FIFO link in the order demand, prefetch, swap. The default evicts the lowest scores (the
-    prose), not the highest (line 11 of Algorithm 2), and swaps without asking whether it is worth
-    it.
+    one FIFO link in the order demand, prefetch, swap. `assign=hss` keeps copy and computation
+    apart, as HybriMoE does; the link is free and activations travel in no time, as for other rules.
+    The default evicts the lowest scores (the prose), not the highest (line 11 of Algorithm 2), and
+    swaps without asking whether it is worth it.
     """
 
     prefetch_size: int
@@ -61,7 +62,7 @@ class Dali(NamedTuple):
     early: int
     count_prefill: int
     window: Window
-    lru: DemandCache
+    demand: DemandCache
     cpu_cost_ns: IntArray
     gpu_cost_ns: IntArray
     on_gpu: IntArray
@@ -124,7 +125,7 @@ class Dali(NamedTuple):
             early=int(first_swap == "after_step0"),
             count_prefill=int(count_prefill),
             window=new_window(*shape),
-            lru=new_demand_cache(*shape, capacity, LFU if cache == "lfu" else LRU),
+            demand=new_demand_cache(*shape, capacity, LFU if cache == "lfu" else LRU),
             cpu_cost_ns=np.zeros(setting.experts, np.int64),
             gpu_cost_ns=np.zeros(setting.experts, np.int64),
             on_gpu=np.zeros(setting.experts, np.int64),
@@ -142,7 +143,7 @@ class Dali(NamedTuple):
         return layer_caches(
             setting,
             cached=self.resident,
-            slots=self.lru.capacity,
+            slots=self.demand.capacity,
             staging_slots=self.staging,
             predictions=(self.prediction,) if predicts else (),
             link=self.link,
@@ -155,7 +156,7 @@ class Dali(NamedTuple):
             self.assign, view, self.cpu_cost_ns, self.gpu_cost_ns, self.on_gpu, self.candidates,
             self.listed,
         )  # fmt: skip
-        loads = self.cache in (LRU_CACHE, LFU_CACHE)
+        on_demand = self.cache in (LRU_CACHE, LFU_CACHE)
         for i in range(view.n_active):
             if self.on_gpu[view.active[i]] == 0:
                 run_on_cpu(plan, view.active[i])
@@ -163,13 +164,13 @@ class Dali(NamedTuple):
             expert = view.active[i]
             if self.on_gpu[expert] == 1 and view.cached[view.layer, expert] == WHOLE:
                 run_on_gpu(plan, expert)
-                if loads:
-                    note_use(self.lru, view.layer, expert)
+                if on_demand:
+                    note_use(self.demand, view.layer, expert)
         for i in range(view.n_active):
             expert = view.active[i]
             if self.on_gpu[expert] == 1 and view.cached[view.layer, expert] < WHOLE:
-                if loads and view.staged[view.layer, expert] == 0:
-                    load(view, plan, self.lru, expert)
+                if on_demand and view.staged[view.layer, expert] == 0:
+                    load(view, plan, self.demand, expert)
                 else:
                     run_on_gpu(plan, expert)
         if self.prefetch != NO_PREFETCH:

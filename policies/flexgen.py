@@ -18,15 +18,16 @@ from moesim.policies.api import (
 from moesim.policies.parts.streaming import (
     await_layer,
     buffer_notices,
+    mean_lengths,
     pass_ns,
     run_by_id,
     stream_ahead,
     stream_layer,
 )
-from moesim.types import ATTENTION, D2H, DECODE, H2D, PREFILL, WHOLE, IntArray
+from moesim.types import ATTENTION, ATTENTION_CPU, D2H, DECODE, H2D, PREFILL, WHOLE, IntArray
 
 SEQUENCES, BATCHES = 4, 19
-"""A batch has a multiple of so many sequences, and a block at most so many batches."""
+"""The paper's search tries batches of so many sequences, or a multiple, and at most so many."""
 
 
 class FlexGen(NamedTuple):
@@ -125,8 +126,7 @@ class FlexGen(NamedTuple):
 
     def plan(self, setting: Setting) -> tuple[Table, ...]:
         """Show the placement, and both forms of the cost model with their terms."""
-        prompt = setting.step_tokens / setting.sequences
-        generate = max(1.0, (setting.kv_tokens - setting.step_tokens) / setting.sequences + 1)
+        prompt, generate = mean_lengths(setting)
         terms = layer_terms(self, setting, prompt, generate)
         seconds = {
             name: total_ns(terms, setting.layers, generate, by_code=by_code) / 1e9
@@ -194,7 +194,8 @@ Terms = dict[str, tuple[float, float]]
 def layer_terms(policy: FlexGen, setting: Setting, prompt: float, generate: float) -> Terms:
     """Return what each link and the GPU need for one layer of a block, in prefill and decode (ns).
 
-    Routing is taken to be even and the context that of half of the generated tokens.
+    Routing is taken to be even and the context that of half of the generated tokens. If the CPU
+    attends, its time counts as computing, as in the released cost model.
     """
     costs = setting.costs
     streamed = (policy.resident == 0).sum(axis=1).max()
@@ -203,26 +204,33 @@ def layer_terms(policy: FlexGen, setting: Setting, prompt: float, generate: floa
     context = prompt + generate / 2
     kv_bytes = int(costs.kv_bytes.max()) * policy.kv_on_host
     size = -(-setting.sequences // policy.batches)
-    in_use = int(setting.sequences * context) * kv_bytes * (1 - policy.cpu_attention)
+    state_bytes = setting.sequences * costs.token_bytes * policy.cpu_attention
+    used_bytes = int(setting.sequences * context) * kv_bytes
+    if policy.cpu_attention:
+        used_bytes = state_bytes
     last = setting.layers - 1
 
-    def compute_ns(phase: int, tokens: int, attended: float) -> int:
+    def compute_ns(phase: int, total: int, tokens: int, attended: float) -> int:
         own = duration_ns(costs, phase, ATTENTION, last, tokens, int(attended), WHOLE, 0)
-        own += int(costs.gate_ns[tokens] + costs.combine_ns[tokens] + costs.shared_ns[tokens])
+        own += int(costs.gate_ns[tokens])
         own += pass_ns(costs, setting.precision, setting.experts, setting.top_k, tokens)
-        return policy.batches * own
+        return policy.batches * own + int(costs.combine_ns[total] + costs.shared_ns[total])
 
-    tokens = min(max(1, round(size * prompt)), setting.step_tokens)
-    attended = size * prompt * (prompt + 1) / 2
+    total = setting.step_tokens
+    tokens = min(max(1, round(size * prompt)), total)
+    attended = size * context
+    by_cpu = duration_ns(costs, DECODE, ATTENTION_CPU, last, size, int(attended), WHOLE, 0)
+    by_cpu *= policy.batches * policy.cpu_attention
+    on_gpu = attended * (1 - policy.cpu_attention)
     return {
-        "to_gpu": (copy_ns(costs, H2D, weights), copy_ns(costs, H2D, weights + in_use)),
+        "to_gpu": (copy_ns(costs, H2D, weights), copy_ns(costs, H2D, weights + used_bytes)),
         "to_host": (
             copy_ns(costs, D2H, round(setting.sequences * prompt) * kv_bytes),
-            copy_ns(costs, D2H, setting.sequences * kv_bytes),
+            copy_ns(costs, D2H, setting.sequences * kv_bytes + state_bytes),
         ),
         "compute": (
-            compute_ns(PREFILL, tokens, attended),
-            compute_ns(DECODE, size, size * context * (1 - policy.cpu_attention)),
+            compute_ns(PREFILL, total, tokens, size * prompt * (prompt + 1) / 2),
+            compute_ns(DECODE, setting.sequences, size, on_gpu) + by_cpu,
         ),
     }
 

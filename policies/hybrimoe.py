@@ -28,6 +28,7 @@ from moesim.policies.api import (
 from moesim.policies.dali import rank_guesses
 from moesim.policies.parts.assign import apart, hss, line_up
 from moesim.policies.parts.cache import lowest, mrs_update
+from moesim.policies.parts.guesses import predictions
 from moesim.types import D2H, DECODE, H2D, H2D_BACKGROUND, NONE, WHOLE, FloatArray, IntArray
 
 HSS, THRESHOLD, RESIDENT, ALL_GPU, ALL_CPU = range(5)
@@ -130,7 +131,7 @@ class HybriMoE(NamedTuple):
     ) -> "HybriMoE":
         """`prefetch_size` is the most per layer, 0: what there is time for; or half of k by score.
 
-        `ahead` is of `impact`, which has `recall` with predictor=noisy-oracle.
+        `ahead` is of `impact`; `recall` is of predictor=noisy-oracle.
         """
         if alpha > 1:
             raise InputError(f"policy hybrimoe: alpha={alpha} is not legal; 0 to 1 is")
@@ -140,7 +141,6 @@ class HybriMoE(NamedTuple):
         slots = np.minimum(even_split(setting.slots - staging, setting.layers), setting.experts)
         resident = np.where(np.arange(setting.experts) < slots[:, np.newaxis], WHOLE, 0)
         ahead = min(ahead, setting.layers - 1) if prefetch == "impact" else 0
-        numbered = predictor in ("gate", "residual")
         return cls(
             assign=ASSIGN.index(assign),
             prefetch=PREFETCHES.index(prefetch),
@@ -160,10 +160,7 @@ class HybriMoE(NamedTuple):
             resident=resident,
             slots=slots,
             staging=staging,
-            predictions=tuple(
-                Prediction(f"{predictor}{i}" if numbered else predictor, distance=i, recall=recall)
-                for i in range(1, ahead + 1)
-            ),
+            predictions=predictions(predictor, ahead, recall),
             link=link,
         )
 
@@ -232,7 +229,7 @@ def decide(view: View, rule: int, cost: int, sheet: Sheet) -> int:
         expert = sheet.queue[i]
         gpu_ns = sheet.gpu_ns[expert]
         if sheet.arrival_ns[expert] == NONE:
-            gpu_ns += CODE_COPY_NS if cost > 0 else transfer_ns(view)
+            gpu_ns += load_ns(view, cost)
         sheet.on_gpu[expert] = 0
         if (
             rule == ALL_GPU
@@ -251,16 +248,20 @@ def share_out(view: View, cost: int, tokens: int, link_ns: int, n: int, sheet: S
 
     The first expert on the CPU brings the activations there and back.
     """
-    one_ns = transfer_ns(view)
     size_bytes = tokens * view.costs.token_bytes
     first_ns = copy_ns(view.costs, D2H, size_bytes) + copy_ns(view.costs, H2D, size_bytes)
     if cost > 0:
-        one_ns, link_ns, first_ns = CODE_COPY_NS, 0, CODE_FIRST_NS
+        link_ns, first_ns = 0, CODE_FIRST_NS
     gpu_end, cpu_end = hss(
-        sheet.queue, n, sheet.cpu_ns, sheet.gpu_ns, sheet.arrival_ns, one_ns, link_ns, first_ns,
-        sheet.on_gpu,
+        sheet.queue, n, sheet.cpu_ns, sheet.gpu_ns, sheet.arrival_ns, load_ns(view, cost), link_ns,
+        first_ns, sheet.on_gpu,
     )  # fmt: skip
     return max(gpu_end, cpu_end)
+
+
+def load_ns(view: View, cost: int) -> int:
+    """Return what the copy of an absent expert counts."""
+    return CODE_COPY_NS if cost > 0 else transfer_ns(view)
 
 
 def run_all(
@@ -337,7 +338,7 @@ def prefetch_by_impact(
 
     `loads` are the copies that this layer has just ordered.
     """
-    one_ns = transfer_ns(view)
+    one_ns = load_ns(view, cost)
     busy_ns = max(queued_ns(view, H2D), queued_ns(view, H2D_BACKGROUND)) + loads * one_ns
     for _ in range(size):
         if busy_ns >= end_ns:

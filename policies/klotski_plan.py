@@ -122,7 +122,7 @@ class Group(NamedTuple):
 
     @property
     def wanted(self) -> int:
-        """The n that Klotski would take: what hides all copies, lowered to what fits."""
+        """What hides all copies, lowered to what fits: the n that Klotski takes; 0: unknown."""
         return min(self.hiding, self.fitting)
 
 
@@ -269,18 +269,7 @@ def home(setting: Setting, dense: str, kv: str, window: int) -> Home:
 def notices(planner: Planner, split: Group) -> tuple[str, ...]:
     """Return what the user should know of group and placement."""
     setting, at = planner.setting, planner.home
-    found = []
-    if split.hiding == 0:
-        found.append(f"klotski: no number of batches of {split.bs} hides all copies")
-    elif split.wanted > split.n:
-        found.append(
-            f"klotski would group {split.wanted} batches of {split.bs}; the run has {split.n}"
-        )
-    elif split.wanted < split.n:
-        found.append(
-            f"klotski would serve {split.wanted} batches of {split.bs} at a time; here all "
-            f"{split.n} are one group"
-        )
+    found = group_notices(split) if at.resident_layers < setting.layers else []
     if not setting.popularity.any():
         found.append(
             "klotski learns beforehand from the part of the trace that is not replayed, and "
@@ -300,6 +289,23 @@ def notices(planner: Planner, split: Group) -> tuple[str, ...]:
     return tuple(found)
 
 
+def group_notices(split: Group) -> list[str]:
+    """Say if the run's group is not the one that Klotski would take."""
+    found = []
+    if split.hiding == 0:
+        found.append(f"klotski: {MOST_BATCHES} batches of {split.bs} do not hide all copies yet")
+    elif split.wanted > split.n:
+        found.append(
+            f"klotski would group {split.wanted} batches of {split.bs}; the run has {split.n}"
+        )
+    elif split.wanted < split.n:
+        found.append(
+            f"klotski would serve {split.wanted} batches of {split.bs} at a time; here all "
+            f"{split.n} are one group"
+        )
+    return found
+
+
 def tables(planner: Planner, split: Group) -> tuple[Table, ...]:
     """Show group and placement, and how they came about."""
     return (
@@ -312,14 +318,20 @@ def tables(planner: Planner, split: Group) -> tuple[Table, ...]:
 
 def _result(planner: Planner, split: Group) -> Table:
     wanted = split.wanted
+    served = f"sequences: {wanted * split.bs}" if wanted else ""
     rows: tuple[tuple[object, ...], ...] = (
-        ("n, batches of the run", split.n, f"{planner.setting.sequences} sequences"),
+        ("n, batches of the run", split.n, f"sequences: {planner.setting.sequences}"),
         ("bs, sequences of a batch", split.bs, "the last ones may have one fewer"),
-        ("n that hides all copies", split.hiding or "none", f"with batches of {split.bs}"),
+        (
+            "n that hides all copies", split.hiding or f"over {MOST_BATCHES}",
+            f"with batches of {split.bs}",
+        ),
         ("n that fits in memory", split.fitting, "GPU and host, all weights and the group's KV"),
-        ("n that klotski would take", wanted or "none", f"{wanted * split.bs} sequences"),
-    )
-    return Table("How klotski groups the sequences", ("quantity", "value", "why"), rows)
+        ("n that klotski would take", wanted or "unknown", served),
+    )  # fmt: skip
+    resident, layers = planner.home.resident_layers, planner.setting.layers
+    note = f"{resident} of {layers} layers stay on the GPU: they have no copies to hide."
+    return Table("How klotski groups the sequences", ("quantity", "value", "why"), rows, note)
 
 
 def _conditions(planner: Planner, split: Group) -> list[Table]:
@@ -344,7 +356,7 @@ def _conditions(planner: Planner, split: Group) -> list[Table]:
         )  # fmt: skip
         found.append(
             Table(
-                f"n = {n} batches of {split.bs}, {titles[n]}; {verdict}",
+                f"n = {n}, bs = {split.bs}, {titles[n]}; {verdict}",
                 ("condition", "copies", "computing ms", "copying ms", "hidden"),
                 rows,
             )

@@ -15,8 +15,7 @@ from moesim.policies.api import (
     layer_caches,
 )
 from moesim.policies.dali import rank_guesses
-from moesim.policies.parts.cache import lru_use
-from moesim.policies.parts.loading import DemandCache, new_demand_cache, run_replacing
+from moesim.policies.parts.loading import DemandCache, full_demand_cache, run_replacing
 from moesim.types import WHOLE, IntArray
 
 
@@ -73,16 +72,9 @@ class MixtralOffloading(NamedTuple):
             even_split(max(0, setting.slots - staging), setting.layers),
             min(cached, setting.experts) or setting.experts,
         )
-        shape = (setting.layers, setting.experts)
-        cache = new_demand_cache(*shape, capacity)
-        resident = np.zeros(shape, np.int64)
-        for layer in range(setting.layers):
-            for expert in range(capacity[layer]):
-                resident[layer, expert] = WHOLE
-                lru_use(cache.order, layer, expert)
-        cache.kept[:] = capacity
+        resident = np.where(np.arange(setting.experts) < capacity[:, np.newaxis], WHOLE, 0)
         return cls(
-            cache=cache,
+            cache=full_demand_cache(resident),
             speculative=speculative,
             staging=staging,
             resident=resident,

@@ -79,7 +79,8 @@ class Pool(NamedTuple):
     ahead_of: IntArray
     """(layers * experts,): the step for which a cell was prefetched last, or NONE."""
     victims: IntArray
-    """(experts,): scratch space, of who leaves."""
+    worth: IntArray
+    """(experts,): scratch space, of who leaves and what use is expected of it."""
 
 
 class Outlook(NamedTuple):
@@ -177,7 +178,7 @@ class MoeInfinity(NamedTuple):
             seen=np.zeros(held, np.int64),
             passed=np.zeros(held, np.int64),
         )
-        by_request = evict == "request" or past.routed.max() == 0
+        by_request = evict == "request" or not past.tokens.any()
         return cls(
             outlook=Outlook(
                 past, request, np.zeros(1, np.int64), int(by_request), int(evict == "code")
@@ -189,6 +190,7 @@ class MoeInfinity(NamedTuple):
                 visits=np.zeros(cells, np.int64),
                 ahead_of=np.full(cells, NONE),
                 victims=np.zeros(experts, np.int64),
+                worth=np.zeros(experts, np.int64),
             ),
             queue=Queue(
                 cells=np.zeros(experts, np.int64),
@@ -327,13 +329,6 @@ def kept_by(outlook: Outlook) -> IntArray:
     return tokens
 
 
-def reuse(tokens: IntArray, now: int, layer: int, expert: int) -> int:
-    """Return how much use is expected of a cached expert after layer `now`."""
-    distance = layer - now if layer > now else layer
-    value: int = weighted(tokens[layer, expert], len(tokens), distance)
-    return value
-
-
 def weighted(tokens: Any, layers: int, distance: Any) -> Any:
     """Return tokens x (L - distance), so that of those that have none the nearest come first.
 
@@ -384,7 +379,8 @@ def list_victims(view: View, outlook: Outlook, pool: Pool, below: int, most: int
     expected = weighted(tokens.ravel()[cells], layers, np.where(layer > now, layer - now, layer))
     stays = (layer == now) & (view.loads[expert] > 0)
     stays = stays | ((layer > now) & (pool.ahead_of[cells] == view.step))
-    stays = stays | (expected * comparable(outlook, 1, 1) >= below)
+    worth = expected * comparable(outlook, 1, 1)
+    stays = stays | (worth >= below)
     key = expected * layers * experts + cells
     if outlook.by_visits:
         key = pool.visits[cells] * layers * experts + expert * layers + layer
@@ -394,6 +390,7 @@ def list_victims(view: View, outlook: Outlook, pool: Pool, below: int, most: int
         if key[first] == ANY:
             return n
         pool.victims[n] = cells[first]
+        pool.worth[n] = worth[first]
         key[first] = ANY
     return min(most, len(cells))
 
@@ -474,7 +471,7 @@ def take_back(view: View, plan: Plan, outlook: Outlook, pool: Pool, queue: Queue
         layer = cell // experts
         expert = cell % experts
         needed = layer == view.layer and view.loads[expert] > 0
-        if needed or pool.at[cell] == NONE or arriving_ns(view, layer, expert) <= copy_ns:
+        if needed or arriving_ns(view, layer, expert) <= copy_ns:
             continue
         if layer > view.layer and score(outlook, view.layer, cell) >= highest:
             queue.cells[n] = cell
@@ -503,7 +500,7 @@ def copy_ahead(
             if victims == NONE:
                 victims = list_victims(view, outlook, pool, value, most)
             # Scores fall from one prefetch to the next: who stays for one stays for all others.
-            while used < victims and value <= worth(view, outlook, pool.victims[used]):
+            while used < victims and value <= pool.worth[used]:
                 used += 1
             if used == victims:
                 return
@@ -527,11 +524,3 @@ def copies_before_gate(view: View, missing: int) -> int:
         gate_ns = max(gate_ns, demanded_ns)
     gate_ns += view.window_ns
     return max(0, (gate_ns - start_ns + copy_ns - 1) // copy_ns)
-
-
-def worth(view: View, outlook: Outlook, cell: int) -> int:
-    """Return the expected reuse of a cached cell, to be compared with a score."""
-    tokens = kept_by(outlook)
-    experts = tokens.shape[1]
-    expected = reuse(tokens, view.layer, cell // experts, cell % experts)
-    return comparable(outlook, expected, 1)

@@ -19,6 +19,7 @@ from moesim.policies.moe_lightning_plan import (
 from moesim.policies.parts.streaming import (
     await_layer,
     buffer_notices,
+    mean_lengths,
     pass_ns,
     run_by_id,
     stream_ahead,
@@ -52,8 +53,8 @@ class MoeLightning(NamedTuple):
     them before the first one's experts run: a layer that takes max(link, GPU, CPU) there takes
     max(link, GPU + CPU) here. It is the same while the link needs longer than both together. The
     output projection is counted before the CPU's part, pinning pages costs nothing, and only
-    queries, new keys and values and results travel. `attention=gpu` brings the keys and values to
-    the GPU instead, in FlexGen's way.
+    queries, new keys and values and results travel. A workspace that does not fit is announced, and
+    taken to fit. `attention=gpu` brings the keys and values to the GPU instead, in FlexGen's way.
     """
 
     part: int
@@ -108,7 +109,10 @@ class MoeLightning(NamedTuple):
             gemm_per_batch=True,
             kv_on_host=True,
             attention_on_cpu=self.on_cpu == 1,
-            notices=buffer_notices("moe-lightning", self.staging, streamed),
+            notices=(
+                *buffer_notices("moe-lightning", self.staging, streamed),
+                *workspace_notices(setting, self.batches),
+            ),
         )
 
     def plan(self, setting: Setting) -> tuple[Table, ...]:
@@ -156,16 +160,35 @@ def resident_part(setting: Setting) -> int:
 
 
 def fewest_batches(setting: Setting) -> int:
-    """Return how many micro-batches keep the workspace within the GPU memory beside the budget."""
+    """Return how many micro-batches keep the workspace within the GPU memory beside the budget.
+
+    If no number does, it is three: more would only read the experts more often.
+    """
     problem = problem_of(setting)
-    if problem is None:
-        return AHEAD + 1
+    if problem is not None:
+        for count in range(AHEAD + 1, setting.sequences + 1):
+            if missing_bytes(problem, setting, count) <= 0:
+                return count
+    return AHEAD + 1
+
+
+def missing_bytes(problem: Problem, setting: Setting, batches: int) -> float:
+    """Return how much the workspace is larger than the GPU memory beside budget and weights."""
     room = problem.gpu_bytes - problem.dense_bytes - setting.budget_bytes
-    for count in range(AHEAD + 1, setting.sequences):
-        size = -(-setting.sequences // count)
-        if workspace_bytes(problem, size, setting.sequences) <= room:
-            return count
-    return max(AHEAD + 1, setting.sequences)
+    size = -(-setting.sequences // batches)
+    return workspace_bytes(problem, size, setting.sequences) - room
+
+
+def workspace_notices(setting: Setting, batches: int) -> tuple[str, ...]:
+    """Say so if the workspace of a prefill does not fit."""
+    problem = problem_of(setting)
+    missing = 0.0 if problem is None else missing_bytes(problem, setting, batches)
+    if missing <= 0:
+        return ()
+    return (
+        f"moe-lightning: prompts in {batches} micro-batches need {missing / 2**30:.2f} GiB more "
+        "GPU memory than the budget for experts leaves, and are taken to fit",
+    )
 
 
 def problem_of(setting: Setting) -> Problem | None:
@@ -177,7 +200,7 @@ def problem_of(setting: Setting) -> Problem | None:
     kv_width = layer_kv_bytes(model) // 4
     if isinstance(own, GroupedQuery):
         kv_width = own.kv_heads * own.head_dim
-    prompt = setting.step_tokens / setting.sequences
+    prompt, generate = mean_lengths(setting)
     return Problem(
         layers=setting.layers,
         experts=setting.experts,
@@ -189,7 +212,7 @@ def problem_of(setting: Setting) -> Problem | None:
         layer_bytes=setting.experts * setting.expert_bytes,
         dense_bytes=int(setting.costs.attention_bytes.sum()),
         prompt=prompt,
-        generate=max(1.0, setting.kv_tokens / setting.sequences - prompt + 1),
+        generate=generate,
         gpu_bytes=machine.gpu.memory_bytes,
         host_bytes=machine.cpu.memory_bytes,
         link_bytes_per_s=machine.link.h2d.bytes_per_s,
@@ -207,15 +230,19 @@ def run_table(policy: MoeLightning, setting: Setting) -> Table:
     context = setting.kv_tokens // policy.batches
     missing = streamed_bytes(setting, policy.part)
     copy = setting.experts * copy_ns(costs, H2D, missing)
-    own = duration_ns(costs, DECODE, ATTENTION, last, size, 0, WHOLE, 0)
-    own += int(costs.gate_ns[size] + costs.shared_ns[size])
-    own += pass_ns(costs, setting.precision, setting.experts, setting.top_k, size)
-    gpu = policy.batches * own + int(costs.combine_ns[setting.sequences])
+    attended = 0 if policy.on_cpu else context
+    projected = duration_ns(costs, DECODE, ATTENTION, last, size, attended, WHOLE, 0)
+    gate = int(costs.gate_ns[size])
+    experts = pass_ns(costs, setting.precision, setting.experts, setting.top_k, size)
+    rest = policy.batches * experts
+    rest += int(costs.shared_ns[setting.sequences] + costs.combine_ns[setting.sequences])
+    gpu = policy.batches * (projected + gate) + rest
     cpu = policy.batches * duration_ns(costs, DECODE, ATTENTION_CPU, last, size, context, WHOLE, 0)
+    in_turn = max(gpu, projected + cpu + gate + rest)
     if policy.on_cpu == 0:
         copy += policy.batches * copy_ns(costs, H2D, context * int(costs.kv_bytes.max()))
-        cpu = 0
-    layer = max(copy, gpu, cpu)
+        cpu, in_turn = 0, gpu
+    step_s = setting.layers * max(copy, in_turn) / 1e9
     rows = (
         ("micro-batches", policy.batches),
         ("sequences of the largest", size),
@@ -225,9 +252,14 @@ def run_table(policy: MoeLightning, setting: Setting) -> Table:
         ("layer: link, ms", copy / 1e6),
         ("layer: GPU, ms", gpu / 1e6),
         ("layer: CPU, ms", cpu / 1e6),
-        ("tokens/s of decoding", setting.sequences * 1e9 / (layer * setting.layers)),
+        ("step side by side, s", setting.layers * max(copy, gpu, cpu) / 1e9),
+        ("step in lock-step, s", step_s),
+        ("tokens/s in lock-step", setting.sequences / step_s),
     )
-    note = "Decoding at the end of the run, all experts in use; the longest of the three counts."
+    note = (
+        "Decoding at the end of the run, all experts in use. CGOPipe has link, GPU and CPU side by "
+        "side; in lock-step, as here, experts wait until the CPU has attended for all batches."
+    )
     return Table("This run, by the cost tables", ("setting", "value"), rows, note)
 
 
@@ -247,7 +279,8 @@ def solver_tables(setting: Setting) -> tuple[Table, ...]:
         return (Table(title, ("setting", "value"), (), note),)
     note = (
         f"Prompts of {problem.prompt:g} tokens and {problem.generate:g} generated; the datasheet "
-        "rates of the machine, which its cost tables refine."
+        "rates of the machine, which its cost tables refine. All generated tokens are divided by "
+        "the time of the decode steps, which do not give the first ones."
     )
     return (Table(title, ("setting", "value"), solution_rows(problem, found), note),)
 
@@ -262,6 +295,7 @@ def solution_rows(problem: Problem, found: Solution) -> tuple[tuple[object, ...]
         ("decode layer: link, ms", found.copy_s * 1e3),
         ("decode layer: GPU, ms", found.gpu_s * 1e3),
         ("decode layer: CPU, ms", found.host_s * 1e3),
+        ("decode step, s", found.layer_s * problem.layers),
         ("prefill layer, ms", prefill_s(problem, found) * 1e3),
-        ("tokens/s of decoding", tokens_per_s(problem, found)),
+        ("tokens/s as it counts them", tokens_per_s(problem, found)),
     )

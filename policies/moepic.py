@@ -69,6 +69,9 @@ from moesim.types import (
 MOST_OBSERVED = 2_000
 """Tokens that the configurator looks at beforehand."""
 
+LEAST_EPSILON = 0.001
+"""With smaller steps `MOST_MOVES` would end the search early."""
+
 
 class Moepic(NamedTuple):
     """Caches the first part, the top, of more experts than would fit whole; the rest comes in time.
@@ -84,10 +87,13 @@ class Moepic(NamedTuple):
 
     Inferred: everything that is complete runs first, then the tops of the others, then the rest in
     the order of arrival; wrong guesses are given up when the router has chosen; demands overtake
-    copies that have not begun; active experts stay; what the configurator sees beforehand is the
-    part of the trace that is not replayed, and later what was decoded since it last ran; the most
-    popular tops are cached at the start; a new layout begins empty in each layer that changes, and
-    its tops of the highest priority are copied as the layers come, with the run going on.
+    copies that have not begun; active experts stay, and only they are admitted; uses count on after
+    an expert has left; what the configurator sees beforehand is the part of the trace that is not
+    replayed, and later what was decoded since it last ran; the most popular tops are cached at the
+    start, the least popular of them first; a new layout begins empty in each layer that changes,
+    and its tops of the highest priority are copied as the layers come, with the run going on.
+
+    Deviates: the buffer holds twice top_k; with top_k, demands take the place of guesses.
 
     With several tokens at once guesses are ranked by the tokens that have them, an expert counts
     for each of its tokens, and the configurator still plans for one sequence.
@@ -98,8 +104,9 @@ class Moepic(NamedTuple):
     period: int
     prefetch: int
     buffer: int
+    even_bytes: int
+    """Of the cache for each layer, before the configurator moves `unit_bytes` at a time."""
     unit_bytes: int
-    units: int
     expert_bytes: IntArray
     """(layers,)."""
     lcp: Lcp
@@ -118,7 +125,7 @@ class Moepic(NamedTuple):
     n_guesses: IntArray
     """(2,)."""
     listed: IntArray
-    """(experts,): scratch space, as are the next four."""
+    """(experts,): scratch space, as are the next three."""
     named: IntArray
     priorities: FloatArray
     trial: FloatArray
@@ -152,10 +159,11 @@ class Moepic(NamedTuple):
                 f"a budget of {setting.budget_bytes} bytes holds no expert of "
                 f"{setting.expert_bytes} bytes, and MoEpic computes none on the CPU"
             )
-        if not 0 < epsilon <= 1:
-            raise InputError(f"policy moepic: epsilon={epsilon} is not legal; above 0 to 1 is")
+        if not LEAST_EPSILON <= epsilon <= 1:
+            raise InputError(
+                f"policy moepic: epsilon={epsilon} is not legal; {LEAST_EPSILON} to 1 is"
+            )
         buffer = min(buffer, setting.slots) or min(2 * ranks, max(1, setting.slots // 2))
-        units = round(1 / epsilon)
         cache_bytes = setting.budget_bytes - buffer * setting.expert_bytes
         prediction = Prediction(predictor, after_gate=False, recall=recall, wraps=True)
         part = part_of(theta)
@@ -165,14 +173,14 @@ class Moepic(NamedTuple):
             period=period,
             prefetch=int(prefetch),
             buffer=buffer,
-            unit_bytes=cache_bytes // units,
-            units=units,
+            even_bytes=cache_bytes // layers,
+            unit_bytes=int(cache_bytes * epsilon),
             expert_bytes=setting.costs.expert_bytes[:, setting.precision].copy(),
             lcp=new_lcp(layers, experts),
             layout=layout,
             fresh=new_layout(layers),
             seen=new_behaviour(layers, ranks, experts),
-            times=times_of(setting),
+            times=times_of(setting, prefetch),
             moves=new_moves(),
             tokens=np.zeros(1, np.int64),
             refill=np.zeros(layers, np.int64),
@@ -196,7 +204,8 @@ class Moepic(NamedTuple):
         cached = np.zeros((setting.layers, setting.experts), np.int64)
         by_use = np.argsort(-setting.popularity, axis=1, kind="stable")
         for layer, tops in enumerate(self.layout.tops):
-            for expert in by_use[layer, :tops]:
+            # Of experts that were never used, the one cached first leaves first.
+            for expert in by_use[layer, :tops][::-1]:
                 cached[layer, expert] = self.layout.part[layer]
                 lcp_enter(self.lcp, layer, int(expert))
         slot_bytes = [
@@ -218,7 +227,7 @@ class Moepic(NamedTuple):
             pool_of_layer=np.arange(setting.layers),
             spare_slots=cached.size - int(self.layout.tops.sum()) if again else 0,
             staging_slots=self.buffer,
-            predictions=(self.prediction,),
+            predictions=(self.prediction,) if self.prefetch else (),
             link=self.link,  # type: ignore[arg-type]
             # Copies are not interrupted; what has not begun may be overtaken.
             chunk_bytes=setting.expert_bytes,
@@ -235,7 +244,7 @@ class Moepic(NamedTuple):
         if view.layer == 0 and due and self.seen.steps[0] > 0:
             self.tokens[0] = 0
             configure(
-                self.seen, self.times, self.units, self.unit_bytes, self.expert_bytes,
+                self.seen, self.times, self.even_bytes, self.unit_bytes, self.expert_bytes,
                 self.fresh, self.moves, self.trial,
             )  # fmt: skip
             forget(self.seen)
@@ -249,7 +258,7 @@ class Moepic(NamedTuple):
         layers = len(view.cached)
         now = (view.step * layers + view.layer) % 2
         self.n_guesses[1 - now] = 0
-        if view.predicted_tokens[0] == 0:
+        if self.prefetch == 0 or view.predicted_tokens[0] == 0:
             return
         guesses = self.guesses[1 - now]
         n = min(rank_guesses(view, guesses, self.listed), self.seen.right.shape[1])
@@ -257,7 +266,7 @@ class Moepic(NamedTuple):
         target = (view.layer + 1) % layers
         for i in range(n):
             expert = guesses[i]
-            if self.prefetch and view.cached[target, expert] < WHOLE:
+            if view.cached[target, expert] < WHOLE:
                 fetch(plan, view.layer + 1, expert)
 
     def dispatch(self, view: View, plan: Plan) -> None:
@@ -421,18 +430,29 @@ def new_layout(layers: int) -> Layout:
 
 
 def even(setting: Setting, cache_bytes: int, part: int) -> Layout:
-    """Return the layout in which every layer has as many bytes, and this part of its experts."""
+    """Return the layout in which every layer has as many bytes, and this part of its experts.
+
+    Of what is left over, the first layers cache one more.
+    """
     layout = new_layout(setting.layers)
-    for layer in range(setting.layers):
-        top_bytes = part_bytes(setting.costs, layer, setting.precision, 0, part)
+    sizes = [
+        part_bytes(setting.costs, layer, setting.precision, 0, part)
+        for layer in range(setting.layers)
+    ]
+    for layer, top_bytes in enumerate(sizes):
         if top_bytes > 0:
-            fits = cache_bytes // setting.layers // top_bytes
-            layout.tops[layer] = min(fits, setting.experts)
-            layout.part[layer] = part if fits > 0 else 0
+            fitting = cache_bytes // setting.layers // top_bytes
+            layout.tops[layer] = min(fitting, setting.experts)
+    left_bytes = cache_bytes - int(layout.tops @ np.array(sizes))
+    for layer, top_bytes in enumerate(sizes):
+        if 0 < top_bytes <= left_bytes and layout.tops[layer] < setting.experts:
+            layout.tops[layer] += 1
+            left_bytes -= top_bytes
+    layout.part[:] = np.where(layout.tops > 0, part, 0)
     return layout
 
 
-def times_of(setting: Setting) -> Times:
+def times_of(setting: Setting, prefetch: bool) -> Times:
     """Return what a token of one sequence takes, with the context that the run ends with."""
     costs, layers = setting.costs, setting.layers
     context = setting.kv_tokens // max(1, setting.sequences)
@@ -444,8 +464,8 @@ def times_of(setting: Setting) -> Times:
     window = attention + float(experts + gate)
     window[0] += head
     copies = [copy_ns(costs, H2D, int(b)) for b in costs.expert_bytes[:, setting.precision]]
-    # The guess costs what a gate costs.
-    rest = attention.sum() + layers * (experts + 2 * gate) + head
+    # A guess costs what a gate costs.
+    rest = attention.sum() + layers * (experts + (1 + prefetch) * gate) + head
     return Times(window, np.array(copies, np.float64), float(gpu), float(rest))
 
 
@@ -455,20 +475,21 @@ def duration(costs: Costs, kind: int, layer: int, context: int = 0) -> int:
 
 
 def beforehand(policy: Moepic, setting: Setting) -> Behaviour:
-    """Return what the part of the trace that is not replayed shows; nothing without guesses."""
-    offline = setting.offline(policy.prediction)
-    ids, guesses = offline.ids[:MOST_OBSERVED], offline.guesses[:MOST_OBSERVED]
-    guesses = guesses[:, :, : setting.top_k]
+    """Return what the part of the trace that is not replayed shows."""
+    offline = setting.offline(policy.prediction if policy.prefetch else None)
+    ids, guesses = offline.ids[:MOST_OBSERVED], offline.guesses[:MOST_OBSERVED, :, : setting.top_k]
     if len(ids) == 0:
         return new_behaviour(setting.layers, setting.top_k, setting.experts)
+    if not policy.prefetch:
+        guesses = np.full_like(ids, NONE)
     return observed(ids, guesses, policy.lcp.decay, setting.experts)
 
 
 def find_layout(policy: Moepic, seen: Behaviour) -> int:
     """Let the configurator fill in `policy.fresh` and `policy.moves`, and return the moves made."""
     return configure(
-        seen, policy.times, policy.units, policy.unit_bytes, policy.expert_bytes, policy.fresh,
-        policy.moves, policy.trial,
+        seen, policy.times, policy.even_bytes, policy.unit_bytes, policy.expert_bytes,
+        policy.fresh, policy.moves, policy.trial,
     )  # fmt: skip
 
 
@@ -483,21 +504,23 @@ def explained(policy: Moepic, setting: Setting) -> tuple[Table, ...]:
     if not seen.steps.all():
         return (layers_of(policy, None),)
     cache_bytes = setting.budget_bytes - policy.buffer * setting.expert_bytes
-    layouts = [(f"theta={theta:g} in every layer", part_of(f"{theta}")) for theta in (0, 0.5, 1)]
-    rows = [
-        predicted(policy, seen, name, even(setting, cache_bytes, part)) for name, part in layouts
-    ]
+    rows = []
+    for theta in (0, 0.5, 1):
+        layout = even(setting, cache_bytes, round(theta * WHOLE))
+        rows.append(predicted(policy, seen, f"theta={theta:g} in every layer", layout))
     label = "theta as given" if policy.fixed else "as configured"
     rows.insert(0, predicted(policy, seen, label, policy.layout))
+    guessed = "nothing is fetched ahead"
+    if policy.prefetch:
+        share = seen.right.sum() / max(1, seen.guessed.sum())
+        guessed = f"{share:.1%} of the guesses (predictor={policy.prediction.predictor}) are right"
     tables = [
         Table(
             "Predicted for one sequence",
             ("layout", "waiting for weights, ms/token", "TPOT, ms"),
             tuple(rows),
-            f"A copy takes {policy.times.copy.mean() / 1e6:.3f} ms, and "
-            f"{seen.right.sum() / max(1, seen.guessed.sum()):.1%} of the guesses "
-            f"({policy.prediction.predictor}) are right, over {seen.steps[0]} tokens that are not "
-            "replayed. All layouts are with prefetch.",
+            f"A copy takes {policy.times.copy.mean() / 1e6:.3f} ms, and {guessed}, over "
+            f"{seen.steps[0]} tokens that are not replayed. The host's own time is not counted.",
         )
     ]
     if not policy.fixed:
@@ -505,7 +528,7 @@ def explained(policy: Moepic, setting: Setting) -> tuple[Table, ...]:
         shown = sorted({*np.linspace(0, made, min(made + 1, MOST_ROWS)).round().astype(int)})
         tables.append(
             Table(
-                f"The configurator's {made} moves of {policy.unit_bytes / 2**20:.1f} MiB",
+                f"The configurator's {made} moves of {policy.unit_bytes / 2**20:.3g} MiB",
                 ("move", "from layer", "to layer", "waiting, ms/token", "TPOT, ms"),
                 tuple(moved(policy, int(at)) for at in shown),
                 "" if len(shown) > made else f"{len(shown)} of {made + 1} rows are shown.",

@@ -27,6 +27,9 @@ class Static(NamedTuple):
     By expert and index: KTransformers' `uniform`, equally many per layer. By expert and popularity:
     Fiddler's placement (arXiv 2402.07033), the most used (layer, expert) pairs in one global order,
     counted on the part of the trace that is not replayed.
+
+    Attention and gates are on the GPU, unlike in the layers that llama.cpp's layer split leaves to
+    the CPU, and a long prompt copies no weights either.
     """
 
     resident: IntArray

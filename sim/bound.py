@@ -11,8 +11,9 @@ must have waited for the gates (one synchronisation) and launches at least one o
 that. A step begins when the host has waited for the HEAD before it. Whatever the policy, the
 makespan contains attention, gates, COMBINE and HEAD of every layer and step, and these pauses.
 Several batches compute as much in pieces: n tokens take at least n times the least time per token
-of any number up to n. In decode the CPU may attend to the context instead: then either device has
-its share to do, side by side for different batches, so that the larger one counts if that is less.
+of any number up to n. In decode the CPU may attend to the context instead, for one batch beside the
+GPU's projections and gates for others, of which only the last batch's gate, of one token at least,
+must follow: then the longer of the two counts, if that is less.
 
 **Experts.** Between these pauses and the COMBINE, each active expert is computed on the GPU, in
 sequence with the shared experts, or on the CPU, before and after which the activations cross the
@@ -143,12 +144,12 @@ def work_of(prepared: Prepared, allowed: Sequence[int]) -> Work:
     attention = (before + 1) * (per_token[0][tokens] + attended) + before * per_token[1][tokens]
     by_cpu = -(-steps.context.sum(axis=1) * costs.cpu_context_fp // CONTEXT_UNIT)
     by_cpu = (before + 1) * (costs.cpu_attention_ns + by_cpu)
-    projected = attention - (before + 1) * attended
-    divided = np.minimum(attention, np.maximum(projected, by_cpu))
-    attention = np.where(steps.phase == DECODE, divided, attention)
     gate = least(costs.gate_ns, split)[tokens]
+    projected = attention - (before + 1) * attended
+    divided = np.minimum(attention + gate, np.maximum(projected + gate, by_cpu + costs.gate_ns[1]))
+    gated = np.where(steps.phase == DECODE, divided, attention + gate)
     pause = host.per_sync_ns + host.per_launch_ns
-    layer_ns = attention.sum(axis=0) + setting.layers * (gate + pause + costs.combine_ns[tokens])
+    layer_ns = gated.sum(axis=0) + setting.layers * (pause + costs.combine_ns[tokens])
     start_ns = np.full(len(tokens), host.per_sync_ns + host.per_layer_ns + host.per_launch_ns)
     start_ns[0] -= host.per_sync_ns
     fixed = start_ns + layer_ns + costs.head_ns[steps.sequences.sum(axis=1)]

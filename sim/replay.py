@@ -155,6 +155,7 @@ def replay(
             rates=prepared.profile.rates(),
             exact=True,
             attention_on_cpu=prepared.placement.attention_on_cpu,
+            sync_batches=prepared.placement.sync_batches,
         )
     tickets, preemptions, paused_ns = run.counts()
     return Replayed(

@@ -12,6 +12,7 @@ import pytest
 import moesim.forecast
 import moesim.host
 import moesim.policies.testing as lab
+from moesim.audit import audit
 from moesim.costs import CONTEXT_UNIT, build_costs, duration_ns
 from moesim.errors import AuditError, PolicyError
 from moesim.model import layer_kv_bytes, load_model, pair_flops
@@ -25,11 +26,26 @@ from moesim.policies.api import (
     gate_after,
     run_on_gpu,
 )
-from moesim.profile import load_profile, with_overrides
+from moesim.profile import HardwareProfile, load_profile, with_overrides
 from moesim.sim.bound import bound
 from moesim.sim.metrics import TIMES
 from moesim.sim.replay import Replayed
-from moesim.types import ATTENTION_CPU, CPU, DECODE, GATE, GPU, NONE, RETURN, SEND, WHOLE
+from moesim.state import SETTLED
+from moesim.types import (
+    ATTENTION,
+    ATTENTION_CPU,
+    CPU,
+    DATASHEET,
+    DECODE,
+    EXTRAPOLATED,
+    GATE,
+    GPU,
+    NONE,
+    RETURN,
+    SEND,
+    WHOLE,
+    IntArray,
+)
 
 TWO_TOKENS_EACH = [[[0]]] * 4
 """Two sequences: a prompt of one token, then one more; one layer, expert 0."""
@@ -87,6 +103,64 @@ def test_the_cpu_attends_between_projections_and_gate() -> None:
     assert time_ns["wait_cpu"] == (sent + 90 - (start + 100)) + (sent_2 + 90 - (sent + 100))
 
 
+def test_the_window_counts_attention_where_it_runs() -> None:
+    """From dispatch to the next gates: an expert of 10, and the attention of two batches, 50 each.
+
+    Of the prompts the GPU attends to 2 tokens, of 3 each; in the step after it the CPU to 4, of 20.
+    """
+
+    class Watching(NamedTuple):
+        seen: IntArray
+
+        @classmethod
+        def new(cls, setting: Setting) -> "Watching":
+            return cls(np.zeros(2, np.int64))
+
+        def place(self, setting: Setting) -> Placement:
+            return OnCpu().place(setting)
+
+        def dispatch(self, view: View, plan: Plan) -> None:
+            self.seen[view.step] = view.window_ns
+            run_on_gpu(plan, 0)
+
+    costs = lab.make_costs(attention=50, gate=10, gpu=10, cpu_context=20)
+    costs = costs._replace(context_fp=np.array([3, 1000]) * CONTEXT_UNIT)
+    done = lab.run(Watching, TWO_TOKENS_EACH, costs, prompts=(1, 1))
+    policy: Any = done.prepared.policy
+    assert policy.seen.tolist() == [10 + 2 * 50 + 2 * 3, 10 + 2 * 50 + 4 * 20]
+
+
+def test_keys_and_values_come_back_only_when_they_have_left() -> None:
+    """Eight tokens go out in 800 behind their attention, long after their step has ended."""
+
+    class OnGpu(OnCpu):
+        def place(self, setting: Setting) -> Placement:
+            placement = super().place(setting)
+            return msgspec.structs.replace(placement, batches=1, attention_on_cpu=False)
+
+    costs = lab.make_costs(attention=50, gpu=10, copy_ns_per_kib=100, kv_bytes=1024)
+    done = lab.run(OnGpu, [[[0]]] * 9, costs, prompts=(8,))
+    assert lab.spans(done, "kv_out", "kv_in")[:2] == [
+        ("d2h", "kv_out", 0, -1, 50, 850),
+        ("h2d", "kv_in", 0, -1, 850, 1650),
+    ]
+
+
+def test_there_are_two_buffers_for_keys_and_values() -> None:
+    """Those of the third batch are copied in when the first one has attended."""
+
+    class OnGpu(OnCpu):
+        def place(self, setting: Setting) -> Placement:
+            placement = super().place(setting)
+            return msgspec.structs.replace(placement, batches=3, attention_on_cpu=False)
+
+    costs = lab.make_costs(attention=50, copy_ns_per_kib=10, kv_bytes=1024)
+    done = lab.run(OnGpu, [[[0]]] * 6, costs, prompts=(1, 1, 1))
+    start = 3 * 50
+    copied = [span.start_ns for span in lab.spans(done, "kv_in")]
+    assert copied == [start, start + 10, (start + 10) + 50]
+
+
 def test_reading_keys_and_values_is_what_the_cpu_takes() -> None:
     """Mixtral-8x7B: 4096 bytes for a token and layer, 4 operations for 32 heads of 128."""
     model = load_model("mixtral-8x7b")
@@ -100,6 +174,15 @@ def test_reading_keys_and_values_is_what_the_cpu_takes() -> None:
         assert costs.cpu_context_fp == np.ceil(expected * CONTEXT_UNIT)
         ns = duration_ns(costs, DECODE, ATTENTION_CPU, 0, 4, 1000, WHOLE, 0)
         assert ns - 20_000 == pytest.approx(1000 * expected, abs=1)
+
+
+def test_its_numbers_come_from_what_is_known_of_the_cpu() -> None:
+    plain = msgspec.to_builtins(load_profile("klotski-env1")[0])
+    plain["provenance"]["cpu"]["source"] = "measured"
+    profile = msgspec.convert(plain, HardwareProfile)
+    costs = build_costs(load_model("mixtral-8x7b"), profile, 8, 8)
+    assert costs.kind_source[ATTENTION_CPU] == EXTRAPOLATED
+    assert costs.kind_source[ATTENTION] == DATASHEET
 
 
 def test_the_layers_without_experts_attend_too() -> None:
@@ -181,6 +264,10 @@ def forget_the_batch(operation: list[Any]) -> None:
     operation[5] = NONE
 
 
+def attend_here(operation: list[Any]) -> None:
+    operation[7] = 1
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "law"),
     [
@@ -190,6 +277,7 @@ def forget_the_batch(operation: list[Any]) -> None:
         (GATE, start_at_once, "gate starts after return"),
         (ATTENTION_CPU, attend_for_all, "the CPU attends for 2 tokens"),
         (RETURN, forget_the_batch, "0 return of an ATTENTION whose rest the CPU does"),
+        (ATTENTION, attend_here, "the GPU attends to a context that is the CPU's"),
     ],
 )
 def test_the_audit_catches_faults(
@@ -200,10 +288,23 @@ def test_the_audit_catches_faults(
         on_cpu()
 
 
+def test_attention_on_the_cpu_for_no_batch_breaks_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*operation: Any) -> int:
+        if operation[3] == ATTENTION_CPU:
+            stray = list(operation)
+            forget_the_batch(stray)
+            original(*stray)
+        return original(*operation)
+
+    original = moesim.forecast.launch
+    monkeypatch.setattr(moesim.host, "launch", launch)
+    with pytest.raises(AuditError, match="has 4 attention_cpu of batches"):
+        on_cpu()
+
+
 def test_what_is_sent_for_attention_on_the_gpu_breaks_a_law() -> None:
     done = on_cpu()
     assert done.log is not None
-    from moesim.audit import audit
 
     with pytest.raises(AuditError, match="has 2 send of batches"):
         audit(done.log._replace(attention_on_cpu=False))
@@ -225,6 +326,27 @@ def test_the_bound_allows_attention_on_either_device(cpu_context: int) -> None:
     found = bound(done.prepared)
     assert found.fixed_ns == expected
     assert found.makespan_ns <= lab.makespan_ns(done)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_the_bound_lets_gates_run_beside_attention_on_the_cpu(batches: int) -> None:
+    """The CPU attends for 800. Of two batches, each with a gate of 300, the second one's follows;
+    one batch has a gate of 600.
+    """
+
+    class Divided(OnCpu):
+        def place(self, setting: Setting) -> Placement:
+            return msgspec.structs.replace(super().place(setting), batches=batches)
+
+    costs = lab.make_costs(copy_ns_per_kib=1, cpu_context=200)
+    costs = costs._replace(
+        context_fp=np.array([0, 1000]) * CONTEXT_UNIT,
+        gate_ns=300 * np.arange(lab.TOKENS + 1),
+    )
+    done = lab.run(Divided, TWO_TOKENS_EACH, costs, prompts=(1, 1))
+    prefill, decode = 600, 800 + 300
+    assert bound(done.prepared).makespan_ns == prefill + decode
+    assert lab.makespan_ns(done) == prefill + decode + (300 if batches == 1 else 0)
 
 
 class Synchronised(NamedTuple):
@@ -274,6 +396,29 @@ def test_each_batch_and_each_layer_ends_with_everything_done(copy: int) -> None:
     next_layer = max(computed, stored, gates + 3 * 10 + copy)
     assert starts[3] == next_layer
     assert [span.start_ns for span in lab.spans(done, "copy_in")] == [first, next_layer]
+
+
+@pytest.mark.parametrize("forgotten", range(1, 9))
+def test_the_audit_notices_a_missing_synchronisation(
+    monkeypatch: pytest.MonkeyPatch, forgotten: int
+) -> None:
+    """Each layer has one for the layer before, one after each of three batches."""
+    asked: list[int] = []
+
+    def settle(machine: Any, host: Any, ticket: int) -> None:
+        if ticket <= host.state[SETTLED]:
+            return
+        asked.append(ticket)
+        if len(asked) != forgotten:
+            original(machine, host, ticket)
+
+    original = moesim.host.settle
+    monkeypatch.setattr(moesim.host, "settle", settle)
+    costs = lab.make_costs(
+        3, attention=50, gate=10, gpu=100, combine=5, copy_ns_per_kib=200, kv_bytes=2048
+    )
+    with pytest.raises(AuditError, match="synchronisation: ATTENTION and GATE are submitted when"):
+        lab.run(Synchronised, [[[0], [0], [0]]] * 3, costs, prompts=(1, 1, 1), slots=8)
 
 
 def test_without_synchronisations_batches_follow_one_another() -> None:

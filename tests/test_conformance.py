@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import moesim.policies.testing as lab
-from moesim.errors import InputError
+from moesim.errors import InputError, PolicyError
 from moesim.policies.api import Placement, Plan, Setting, View, run_on_cpu, run_on_gpu
 from moesim.policies.registry import BUILTIN, Chosen, load_class
 from moesim.policies.testing import PolicyConformance
@@ -78,6 +78,18 @@ def test_a_policy_that_sees_the_future_is_caught(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(AssertionError):
         Peeks().test_nothing_depends_on_what_comes_later()
     Peeks().test_random_choices()
+
+
+def test_who_needs_the_gpu_may_refuse_to_work_without() -> None:
+    class Needing(PolicyConformance):
+        policy = "on-demand"
+
+    class Boasting(Needing):
+        needs_gpu = False
+
+    Needing().test_no_slot()
+    with pytest.raises(PolicyError, match="budget is 0 bytes"):
+        Boasting().test_no_slot()
 
 
 def test_a_misspelt_name_is_not_taken_for_a_policy() -> None:

@@ -44,7 +44,21 @@ def test_it_is_what_is_not_replayed_in_the_order_of_its_sequences(trace: Trace) 
     assert found.guesses.size == 0
 
 
-def test_of_a_sequence_that_is_cut_the_rest_is_left(trace: Trace) -> None:
+@pytest.mark.parametrize("lengths", [{"generate": 2}, {"prompt": 3, "generate": 2}])
+def test_what_follows_in_a_sequence_that_is_cut_off_is_not_seen(
+    trace: Trace, lengths: dict[str, Any]
+) -> None:
+    """Sequence 0 is cut after 5 or 4 of its 9 rows; the others are seen whole, and counted."""
+    setting = prepared(trace, **lengths).setting
+    others = trace.sequence != 0
+    ids = trace.experts[others].astype(int)
+    assert (setting.offline().ids == ids).all()
+    assert (setting.offline().sequence == trace.sequence[others]).all()
+    counts = [np.bincount(ids[:, layer].ravel(), minlength=8) for layer in range(3)]
+    assert (setting.popularity == counts).all()
+
+
+def test_if_every_sequence_is_cut_off_the_rest_is_all_there_is(trace: Trace) -> None:
     """Windows of 3 + 1 rows of every sequence: its other 5 rows remain."""
     found = offline(trace, batch=3, prompt=3, generate=2)
     assert np.bincount(found.sequence).tolist() == [5, 5, 5]

@@ -98,6 +98,15 @@ def test_the_policy_runs(tmp_path: Path) -> None:
     assert result["activations"]["fetched"] > 0
 
 
+def test_the_policy_keeps_the_laws_that_it_is_tested_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cheaper.py").write_text(block("save it as `cheaper.py`"))
+    (tmp_path / "test_cheaper.py").write_text(block("is tested by inheriting"))
+    monkeypatch.chdir(tmp_path)
+    assert pytest.main(["-q", "-p", "no:cacheprovider", "-c", os.devnull, "test_cheaper.py"]) == 0
+
+
 def test_every_command_shown_exists() -> None:
     """Options and names in the examples are legal, apart from the user's own trace."""
     from moesim.cli.replay import command

@@ -104,6 +104,7 @@ CASES: list[tuple[str, Order, str, dict[str, Any]]] = [
      {"spare_slots": 1}),
     ("before_attention", lambda v, p: api.resize(p, 1, 1, -9), "of 0 bytes or more", {}),
     ("before_attention", lambda v, p: api.resize(p, 1, 1, 17 * 1024), "larger than the budget", {}),
+    ("before_attention", lambda v, p: api.resize(p, 1, 2, 1 << 62), "larger than the budget", {}),
     ("routed", lambda v, p: api.run_shared(p), "shared experts run once, in dispatch", {}),
 ]  # fmt: skip
 

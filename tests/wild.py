@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 
 import moesim.policies.testing as lab
-from moesim.costs import Costs
+from moesim.costs import CONTEXT_UNIT, Costs
 from moesim.policies import api
 from moesim.policies.api import CACHE, FIRST, REST, Placement, Plan, Prediction, Setting, View
 from moesim.policies.registry import Chosen
 from moesim.profile import HardwareProfile
-from moesim.types import CPU, GPU, LANES, NONE, WHOLE, IntArray
+from moesim.types import CPU, GPU, LANES, NONE, PHASES, WHOLE, IntArray
 
 PARTS = (1, 256, 410, 1000, WHOLE, WHOLE, WHOLE)
 
@@ -233,6 +233,7 @@ VARIANTS = (
     "moepic:predictor=oracle,theta=0.4",
     "moepic:predictor=popularity,theta=1,link=fifo,buffer=1",
     "moepic:predictor=oracle,theta=0",
+    "moepic:prefetch=false,period=2",
     "on-demand",
     "lru",
     "lru:rule=lfu",
@@ -314,8 +315,13 @@ def cases(draw: st.DrawFn, *, calm: bool = False) -> Case:
     }
     if calm:  # whole ns per byte, and for each 1/1024 of an expert: k times the costs is exact
         ns |= {"copy_ns_per_kib": 1024 * draw(st.sampled_from((1, 2, 5))), "gpu": 1024 * ns["gpu"]}
-    ns |= {"cpu_context": draw(st.sampled_from((0, 20)))}
+    ns |= {"cpu_context": draw(st.sampled_from((0, 20, 300)))}
     costs = lab.make_costs(layers, **ns, kv_bytes=100, dense_bytes=700)
+    gate_token_ns, context_ns = draw(st.sampled_from(((0, 0), (90, 0), (90, 900))))
+    costs = costs._replace(
+        gate_ns=costs.gate_ns + gate_token_ns * np.arange(len(costs.gate_ns)),
+        context_fp=np.full(len(PHASES), context_ns * CONTEXT_UNIT),
+    )
     settings = [f"link.chunk_bytes={1 << 40 if calm else draw(st.sampled_from((1, 100, 256)))}"]
     if not calm:
         settings += [
@@ -331,6 +337,7 @@ def cases(draw: st.DrawFn, *, calm: bool = False) -> Case:
         settings.append(f"interference=[{entries}]")
     slots = draw(st.integers(1, layers * experts + 4))
     jitter = 0 if calm else draw(st.sampled_from((0, 0, 300)))
-    drawn = f"experts={experts}, {prompts=}, {slots=}, {jitter=}, {ns}, {settings}"
+    by_token = f"{gate_token_ns=}, {context_ns=}"
+    drawn = f"experts={experts}, {prompts=}, {slots=}, {jitter=}, {ns}, {by_token}, {settings}"
     machine = lab.quiet_machine(*settings)
     return Case(choices, experts, prompts, slots, costs, machine, seed, jitter, drawn)

@@ -46,12 +46,15 @@ class Workload(msgspec.Struct, frozen=True, eq=False, kw_only=True):
         return self.rows[self.starts[sequence] + self.prompts[sequence] : self.starts[sequence + 1]]
 
     def unused_rows(self, trace: Trace) -> npt.NDArray[np.bool_]:
-        """Return which rows of the trace are not served (tokens,): what a profile may learn from.
+        """Return which rows of the trace a profile may learn from (tokens,).
 
-        A popularity measured on the rows that are served would know the future.
+        Those of the sequences of which nothing is served: what follows in one that is cut off
+        would know the future. If all are served, what is left of them.
         """
-        unused = np.ones(trace.tokens, np.bool_)
-        unused[self.rows] = False
+        unused = ~np.isin(trace.sequence, trace.sequence[self.rows])
+        if not unused.any():
+            unused[:] = True
+            unused[self.rows] = False
         return unused
 
 

@@ -43,6 +43,17 @@ def new_demand_cache(layers: int, experts: int, capacity: IntArray, rule: int = 
     return DemandCache(order, uses, np.zeros(layers, np.int64), capacity, rule)
 
 
+def full_demand_cache(resident: IntArray) -> DemandCache:
+    """Return LRU caches that hold these experts (layers, experts), the lowest id as the oldest."""
+    layers, experts = resident.shape
+    capacity = (resident > 0).sum(axis=1)
+    cache = new_demand_cache(layers, experts, capacity)
+    cache.kept[:] = capacity
+    for layer, expert in np.argwhere(resident > 0).tolist():
+        lru_use(cache.order, layer, expert)
+    return cache
+
+
 def note_use(cache: DemandCache, layer: int, expert: int) -> None:
     """Note a hit."""
     if cache.rule == LFU:

@@ -16,9 +16,9 @@ how many of the missed, have cached tops is counted for every n. That it is coun
 averaged, matters: the split evens out what steps wait, and an average shows none of that.
 
 Of all pairs (n, theta) that one is taken with which most active experts are complete when the
-window ends; guesses are copied in their order. Then, from an even division on, `epsilon` of the
-whole budget goes again and again from the layer that loses least by it to the one that gains most,
-until no such move gains anything.
+window ends; guesses are copied in their order. Then, from an even division on, one unit (`epsilon`
+of the whole budget) goes again and again from the layer that loses least by it to the one that
+gains most, until no such move gains anything.
 
 With n tops cached these are taken to be the n experts of the highest priority (`parts.cache.Lcp`).
 """
@@ -67,7 +67,7 @@ class Layout(NamedTuple):
     """What each layer caches, and what it waits (layers,)."""
 
     units: IntArray
-    """Shares of `epsilon` of the whole budget."""
+    """Got from other layers, less those given."""
     tops: IntArray
     part: IntArray
     """How much of each, of 1024."""
@@ -307,31 +307,32 @@ LESS, HERE, MORE = range(3)
 
 
 def try_layer(
-    seen: Behaviour, times: Times, layer: int, unit_bytes: int, expert_bytes: IntArray,
-    layout: Layout, trial: FloatArray,
+    seen: Behaviour, times: Times, layer: int, even_bytes: int, unit_bytes: int,
+    expert_bytes: IntArray, layout: Layout, trial: FloatArray,
 ) -> None:  # fmt: skip
     """Find what a token waits in a layer, with one unit less, as it is, and with one more."""
     for change in (LESS, MORE, HERE):  # the last one stays in the layout
-        units = layout.units[layer] + change - HERE
-        if units >= 0:
-            budget = units * unit_bytes * WHOLE // expert_bytes[layer]
+        budget_bytes = even_bytes + (layout.units[layer] + change - HERE) * unit_bytes
+        if budget_bytes >= 0:
+            budget = budget_bytes * WHOLE // expert_bytes[layer]
             trial[change, layer] = solve(seen, times, layer, budget, layout)
     layout.exposed[layer] = trial[HERE, layer]
 
 
 def configure(
-    seen: Behaviour, times: Times, units: int, unit_bytes: int, expert_bytes: IntArray,
+    seen: Behaviour, times: Times, even_bytes: int, unit_bytes: int, expert_bytes: IntArray,
     layout: Layout, moves: Moves, trial: FloatArray,
 ) -> int:  # fmt: skip
-    """Divide `units` of a budget over the layers, fill in `layout`, and return the moves made.
+    """Divide a budget, `even_bytes` for each layer, fill in `layout`, and return the moves made.
 
     `expert_bytes` is (layers,); `trial` (3, layers) is scratch space. A layer that was never seen
-    waits for nothing, and gives what it has.
+    waits for nothing, and gives what it has. There are at most as many moves as `moves` has room
+    for.
     """
     layers = len(layout.units)
     for layer in range(layers):
-        layout.units[layer] = units // layers + (1 if layer < units % layers else 0)
-        try_layer(seen, times, layer, unit_bytes, expert_bytes, layout, trial)
+        layout.units[layer] = 0
+        try_layer(seen, times, layer, even_bytes, unit_bytes, expert_bytes, layout, trial)
     made = 0
     while True:
         total_ns = 0.0
@@ -347,7 +348,8 @@ def configure(
             gain_ns = trial[HERE, gaining] - trial[MORE, gaining]
             if gain_ns > most_ns:
                 for losing in range(layers):
-                    if losing != gaining and layout.units[losing] > 0:
+                    left_bytes = even_bytes + (layout.units[losing] - 1) * unit_bytes
+                    if losing != gaining and left_bytes >= 0:
                         ns = gain_ns - (trial[LESS, losing] - trial[HERE, losing])
                         if ns > most_ns:
                             most_ns = ns
@@ -360,5 +362,5 @@ def configure(
         made += 1
         layout.units[giver] -= 1
         layout.units[taker] += 1
-        try_layer(seen, times, giver, unit_bytes, expert_bytes, layout, trial)
-        try_layer(seen, times, taker, unit_bytes, expert_bytes, layout, trial)
+        try_layer(seen, times, giver, even_bytes, unit_bytes, expert_bytes, layout, trial)
+        try_layer(seen, times, taker, even_bytes, unit_bytes, expert_bytes, layout, trial)

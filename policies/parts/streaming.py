@@ -1,7 +1,7 @@
 """Streaming whole layers through the GPU, whatever the router chooses."""
 
 from moesim.costs import Costs
-from moesim.policies.api import Plan, View, fetch, gate_after, run_on_gpu
+from moesim.policies.api import Plan, Setting, View, fetch, gate_after, run_on_gpu
 
 
 def stream_layer(view: View, plan: Plan, layer: int) -> None:
@@ -43,6 +43,12 @@ def buffer_notices(name: str, buffers: int, layer: int) -> tuple[str, ...]:
         f"{name} streams {layer} experts of a layer through buffers for {buffers}; those that the "
         "router leaves out are not copied then, unless they came first",
     )
+
+
+def mean_lengths(setting: Setting) -> tuple[float, float]:
+    """Return how many tokens a sequence has in its prompt and generates, on average."""
+    generated = (setting.kv_tokens - setting.step_tokens) / setting.sequences + 1
+    return setting.step_tokens / setting.sequences, max(1.0, generated)
 
 
 def pass_ns(costs: Costs, precision: int, experts: int, top_k: int, tokens: int) -> int:

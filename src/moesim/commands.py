@@ -512,7 +512,7 @@ def resize(
         slot = res.slot_next[slot]
     if slots < 0 or slot_bytes < 0 or slots > held + res.counters[SPARE]:
         return BAD_SLOTS
-    if total_bytes > res.budget_bytes:
+    if slot_bytes > res.budget_bytes or total_bytes > res.budget_bytes:
         return OVER_BUDGET
     resize_pool(machine, host.forecast, res, target, slots, slot_bytes)
     return OK

@@ -25,6 +25,10 @@ class ProfileError(InputError):
     """A hardware profile that is broken or unknown."""
 
 
+class CalibrationError(InputError):
+    """A measurement that cannot be made, or that cannot be true."""
+
+
 class PolicyError(MoesimError):
     """A decision of a policy that cannot be carried out; names policy, hook, layer and rule."""
 

@@ -4,10 +4,10 @@ Written once for every machine. It knows a machine by the verbs of `moesim.machi
 state in arrays, and stays in the subset that compiles. A command that cannot be carried out leaves
 a rule's number in the state, which `state.host_error` turns into a PolicyError.
 
-One layer step: what the first attention needs is copied in; hook before_attention; attention of
-each batch; guesses before the gate and hook
-before_gate; the gates, whose choice the host waits for batch by batch (hook routed); guesses after
-the gate; hook dispatch, which runs every active expert; returns, combine; hook after_layer.
+One layer step: copies that the first attention needs; hook before_attention; attention of each
+batch; guesses before the gate and hook before_gate; the gates, whose choice the host waits for
+batch by batch (hook routed); guesses after the gate; hook dispatch, which runs every active expert;
+returns, combine; hook after_layer.
 """
 
 from typing import Any
@@ -112,12 +112,12 @@ def start_step(machine: Machine, host: Host, step: int) -> None:
     host.forecast.clock[PHASE] = phase
     attention_ns = 0
     gate_ns = 0
+    on_cpu = attends_on_cpu(host, step)
     for batch in range(host.batches):
         tokens = host.steps.offset[step, batch + 1] - host.steps.offset[step, batch]
         host.first_token[batch + 1] = host.first_token[batch] + tokens
         context = host.steps.context[step, batch]
         # The last layer stands for all: others may have layers without experts before them.
-        on_cpu = attends_on_cpu(host, step)
         attention_ns += duration_ns(
             costs, phase, ATTENTION, host.layers - 1, tokens, 0 if on_cpu else context, WHOLE, 0
         )

@@ -93,3 +93,5 @@ class Log(NamedTuple):
     """A simulated machine: operations start at the first possible instant. False for a real one."""
     attention_on_cpu: bool = False
     """After step 0, which computes the prompts, the CPU attends to the keys and values."""
+    sync_batches: bool = False
+    """The host waits for everything after the attention of each batch and after each layer."""

@@ -13,7 +13,7 @@ from moesim.types import NONE, FloatArray, IntArray
 (
     COMBINED,  # the last COMBINE
     DEFERRED,  # the last EXPERT_CPU whose result is deferred to this layer
-    ATTENTION_1,  # the last ATTENTION, and the one before it
+    ATTENTION_1,  # the last ATTENTION (its RETURN if the CPU attends), and the one before it
     ATTENTION_2,
     DENSE_1,  # the last ATTENTION of the last layer, and of the one before it
     DENSE_2,

@@ -1,6 +1,7 @@
 """`moesim plan`: what a policy computes for itself is shown, with its numbers."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -36,6 +37,38 @@ def test_a_policy_that_plans_nothing_names_those_that_do(cli: Cli, small: Path) 
     assert ended.stderr == (
         f"moesim: policy 'lru' computes no settings; those that do: {', '.join(PLANNERS)}\n"
     )
+
+
+def write_planner(folder: Path, row: str) -> Path:
+    """Write a policy whose plan is one table with one row."""
+    file = folder / "planner.py"
+    file.write_text(f"""
+import numpy as np
+from moesim.policies.api import Table
+from moesim.policies.on_demand import OnDemand
+
+class Planner(OnDemand):
+    def plan(self, setting):
+        return (Table("Found", ("slots", "share", "fits", "name"), ({row},)),)
+""")
+    return file
+
+
+def test_a_plan_may_hold_numbers_of_numpy(cli: Cli, small: Path, tmp_path: Path) -> None:
+    file = write_planner(tmp_path, "(np.int64(4), np.float64(0.5), np.bool_(True), 'a')")
+    shown, data = cli("plan", file, small), cli("plan", file, small, "--json")
+    rows = json.loads(data.stdout)["tables"][0]["rows"]
+    assert rows == [{"slots": 4, "share": 0.5, "fits": True, "name": "a"}]
+    assert shown.stdout.splitlines()[2].split() == ["4", "0.500", "yes", "a"]
+
+
+@pytest.mark.parametrize("row", ["(1, 2)", "(1 // 0, 2, 3, 4)"])
+def test_a_plan_that_fails_says_where(cli: Cli, small: Path, tmp_path: Path, row: str) -> None:
+    ended = cli("plan", write_planner(tmp_path, row), small)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert re.search(r"planner.py', plan: (Value|ZeroDivision)Error: ", ended.stderr)
+    assert "Traceback" not in ended.stderr
 
 
 def test_notices_go_to_stderr(cli: Cli, small: Path) -> None:

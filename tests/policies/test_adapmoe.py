@@ -284,6 +284,32 @@ def test_a_gate_for_each_layer_that_is_looked_ahead(make_setting: MakeSetting) -
         assert distances == list(range(1, ahead + 1))
 
 
+@pytest.mark.parametrize(
+    ("predictor", "names"),
+    [
+        ("gate", ["gate1", "gate2", "gate3"]),
+        ("residual", ["residual1", "residual2", "residual3"]),
+        ("oracle", ["oracle"] * 3),
+    ],
+)
+def test_each_layer_ahead_has_the_guess_made_for_it(
+    make_setting: MakeSetting, predictor: str, names: list[str]
+) -> None:
+    """The first of them says how good guesses are."""
+    asked_for: list[Prediction] = []
+
+    def observed(prediction: Prediction) -> Offline:
+        asked_for.append(prediction)
+        return offline([[[0, 1], [2, 3]]], [[[0, 1], [2, 3]]])(prediction)
+
+    setting = make_setting(8)._replace(offline=observed)
+    policy = choose(f"adapmoe:ahead=3,recall=0.7,predictor={predictor}").make(setting)
+    placement = policy.place(setting)
+    assert [prediction.predictor for prediction in placement.predictions] == names
+    assert [prediction.recall for prediction in placement.predictions] == [0.7] * 3
+    assert asked_for == [placement.predictions[0]]
+
+
 # What is ordered.
 
 

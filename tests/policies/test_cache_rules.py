@@ -22,6 +22,7 @@ from moesim.policies.parts.cache import (
     order_leave,
     order_oldest,
 )
+from moesim.policies.parts.loading import full_demand_cache
 from moesim.policies.registry import choose
 from moesim.profile import HardwareProfile
 from moesim.run import prepare
@@ -30,7 +31,7 @@ from moesim.traces.format import MISSING, Trace
 from moesim.traces.importers import load_trace
 from moesim.traces.synthetic import synthesize
 from moesim.traces.workload import Workload, cut
-from moesim.types import CAUSES, COPY_IN, DEMAND, EXPERT_GPU, NONE, OUTCOMES, RESIDENT
+from moesim.types import CAUSES, COPY_IN, DEMAND, EXPERT_GPU, NONE, OUTCOMES, RESIDENT, WHOLE
 
 GENERAL = Path(__file__).resolve().parents[2].parent / "shared/traces/qwen3-30b-a3b-general.npz"
 LAYER = 24
@@ -331,6 +332,17 @@ def test_where_policies_and_libcachesim_part(rule: str) -> None:
     assert missed(f"lru:staging=1,rule={rule.lower()}", [[t] for t in tokens], 3) == [
         (0, 0), (0, 1), (1, 2),
     ]  # fmt: skip
+
+
+def test_a_cache_that_is_full_at_first_gives_up_the_lowest_id() -> None:
+    cache = full_demand_cache(np.array([[0, WHOLE, 0, WHOLE], [0] * 4, [WHOLE] * 4]))
+    assert cache.capacity.tolist() == cache.kept.tolist() == [2, 0, 4]
+    for layer, inside in enumerate(([1, 3], [], [0, 1, 2, 3])):
+        left = []
+        while (victim := order_oldest(cache.order, layer, np.zeros(4, np.int64))) != NONE:
+            order_leave(cache.order, layer, victim)
+            left.append(victim)
+        assert left == inside
 
 
 def test_several_tokens_of_a_step_count_as_one_use() -> None:

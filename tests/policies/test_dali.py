@@ -419,6 +419,7 @@ def test_dispatch_starts_cpu_then_residents_then_demand_copies_then_prefetches(
     [
         ("greedy", {0, 1}),
         ("threshold", {0, 1, 2, 4}),
+        ("hss", {0, 1, 4}),
         ("resident", {0, 4}),
         ("gpu", {0, 1, 2, 3, 4}),
     ],
@@ -429,7 +430,8 @@ def test_assignment_rules_decide_by_their_own_measure(
     """Costs on the GPU are 8, one copy for 1, 2 and 3, and 1; in copies on the CPU as below.
 
     Greedy visits 0 (8 against 20), 1 (1 against 6), 2 (1 against 2), 3 (1 against 0.5), 4 (1
-    against 1.25) and has the GPU busy for 9 copies after 1: all others go to the CPU.
+    against 1.25) and has the GPU busy for 9 copies after 1: all others go to the CPU. HSS lets the
+    CPU have 3 and 2 until 2.5, then the GPU 0 until 8, 4 until 9, and 1, copied meanwhile.
     """
     setting = make_setting(8)
     desk = make_desk(setting)
@@ -444,6 +446,24 @@ def test_assignment_rules_decide_by_their_own_measure(
     ran = orders(desk.take())
     assert {expert for name, expert in ran if name == "run_on_gpu"} == on_gpu
     assert {expert for name, expert in ran if name == "run_on_cpu"} == set(range(5)) - on_gpu
+
+
+def test_hss_copies_while_it_computes_over_a_link_that_counts_as_free(
+    make_desk: MakeDesk, make_setting: MakeSetting
+) -> None:
+    """0 is there and takes as long as the copy of 1, which is over when 0 is: 1 against 1.5 copies.
+
+    Copy and computation as one cost would be 2, and the queue would make it 3.
+    """
+    setting = make_setting(8)
+    desk = make_desk(setting)
+    copy = copy_ns(setting.costs, H2D, setting.expert_bytes)
+    desk.view.cached[0, 0] = WHOLE
+    desk.view.gpu_ns[:2] = [copy, 10]
+    desk.view.cpu_ns[:2] = [9 * copy, copy * 3 // 2]
+    desk.view.forecast.free[H2D] = copy
+    made("dali:assign=hss,prefetch=none", setting).dispatch(desk.routed({1: 1, 0: 1}), desk.plan)
+    assert orders(desk.take()) == [("run_on_gpu", 0), ("run_on_gpu", 1)]
 
 
 def test_costs_are_a_copy_or_the_rest_of_it_or_the_computation(
@@ -481,7 +501,7 @@ def test_lru_cache_loads_what_the_gpu_misses(
     """
     setting = make_setting(6)
     policy = made("dali:cache=lru,assign=gpu,prefetch=none", setting)
-    assert policy.lru.capacity.tolist() == [2, 2]
+    assert policy.demand.capacity.tolist() == [2, 2]
     assert not policy.resident.any()
     desk = make_desk(setting)
 

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moesim.policies.testing as lab
+from moesim.costs import CONTEXT_UNIT
 from moesim.errors import InputError, PolicyError
 from moesim.policies.api import Setting
 from moesim.policies.flexgen import buffer_experts, resident_experts, total_ns
+from moesim.policies.parts.streaming import pass_ns
 from moesim.policies.registry import choose
 from moesim.sim.replay import Replayed
 from moesim.types import WHOLE
@@ -301,6 +303,16 @@ def test_the_two_forms_of_the_cost_model(
     assert total_ns(terms, 3, 10, by_code=True) == 3 * code
 
 
+@pytest.mark.parametrize(("tokens", "active", "load"), [(1, 2, 1), (2, 4, 1), (3, 4, 2), (4, 4, 2)])
+def test_routing_that_is_even_meets_as_many_experts_as_it_can(
+    tokens: int, active: int, load: int
+) -> None:
+    """Top 2 of 4 experts, which take 20 per token: two choices of each token."""
+    costs = lab.make_costs()
+    costs = costs._replace(expert_gpu_ns=np.tile(20 * np.arange(lab.TOKENS + 1), (4, 1)))
+    assert pass_ns(costs, 0, 4, 2, tokens) == active * load * 20
+
+
 def test_the_plan_shows_the_terms_of_the_cost_tables(make_setting: MakeSetting) -> None:
     """Two batches of 4 sequences with prompts of 4 tokens, of which 5 are generated.
 
@@ -322,13 +334,16 @@ def test_the_plan_shows_the_terms_of_the_cost_tables(make_setting: MakeSetting) 
     to_gpu = (700, 700 + 8 * 650)
     to_host = (32 * 100, 8 * 100)
     # 8 experts are active: of 16 tokens with two choices each 4 meet each of them, of 4 just 1
-    compute = (2 * (50 + 10 + 5 + 8 * 80), 2 * (50 + 10 + 5 + 8 * 20))
+    compute = (2 * (50 + 10 + 8 * 80) + 5, 2 * (50 + 10 + 8 * 20) + 5)
     expected = {"to_gpu": to_gpu, "to_host": to_host, "compute": compute}
     assert {name: (a * 1e6, b * 1e6) for name, a, b in terms.rows} == {
         name: pytest.approx(pair) for name, pair in expected.items()
     }
-    stays: Any = choose("flexgen:kv=host,cpu_attention=true").make(setting)
-    assert stays.plan(setting)[1].rows[0] == ("to_gpu", 700 / 1e6, 700 / 1e6)
+    # Or the CPU attends, for 3 each, to those of 26 in either batch; results of 512 bytes return.
+    made = costs._replace(cpu_context_fp=3 * CONTEXT_UNIT, token_bytes=512)
+    stays: Any = choose("flexgen:kv=host,cpu_attention=true").make(setting._replace(costs=made))
+    decode = [row[2] * 1e6 for row in stays.plan(setting._replace(costs=made))[1].rows]
+    assert decode == pytest.approx([700 + 8 * 50, 8 * 150, compute[1] + 2 * 26 * 3])
     paper = 3 * (3200 + 4 * 5900)
     code = 3 * (3200 + 4 * (5900 + 800))
     assert shown["s, paper"] == pytest.approx(paper / 1e9)

@@ -300,6 +300,14 @@ def test_activations_that_travel_are_paid_by_the_first_on_the_cpu(
         assert (device, 3) in at.dispatch([[3]])
 
 
+def test_every_row_of_activations_travels(setting: Setting, make_desk: MakeDesk) -> None:
+    """Two rows of 32 bytes take 7 each way: 130 + 14 on the CPU; one row, 130 + 8. A copy: 140."""
+    here = setting._replace(costs=setting.costs._replace(token_bytes=32))
+    for rows, cpu, device in ((1, 130, "cpu"), (2, 65, "gpu")):
+        at = Table("hybrimoe:prefetch=none", here, make_desk(here), cpu=cpu)
+        assert (device, 3) in at.dispatch([[3]] * rows)
+
+
 def test_copies_in_the_queue_delay_the_link(table: Callable[..., Table]) -> None:
     """140 on the GPU against 145 on the CPU; 150 if the link is busy for 10."""
     for busy, device in ((0, "gpu"), (10, "cpu")):
@@ -416,6 +424,16 @@ def test_rounds_end_behind_copies_that_are_queued(table: Callable[..., Table]) -
             assert [order[0] for order in found].count("fetch") == n
 
 
+def test_rounds_by_the_codes_constants(table: Callable[..., Table]) -> None:
+    """0 on the GPU takes .5 ms, 1 on the CPU .99; copies begin at .2, where the link is free, .618
+    and 1.036."""
+    at = table("hybrimoe:cost=mixtral")
+    at.desk.view.forecast.free[H2D_BACKGROUND] = 200_000
+    guess(at, 0, (2,), (3,), (4,))
+    found = [order for order in at.dispatch([[0, 1]]) if order[0] == "fetch"]
+    assert found == [("fetch", 1, 2), ("fetch", 2, 3)]
+
+
 def test_what_is_guessed_is_not_evicted(table: Callable[..., Table]) -> None:
     """0 is guessed: 1 leaves although its score is higher; if both are, nothing is fetched."""
     at = table("hybrimoe:ahead=1", cpu=10**6)
@@ -456,6 +474,30 @@ def test_heavier_guesses_come_first(table: Callable[..., Table]) -> None:
         at = table("hybrimoe:ahead=1", cpu=cpu)
         two_guesses(at)
         assert fetches(at.dispatch([[0, 1]]))[:2] == [("evict", 1, 0), ("fetch", 1, 4)]
+
+
+def test_what_is_fetched_saves_the_guessed_rows_their_way(
+    setting: Setting, make_desk: MakeDesk
+) -> None:
+    """2 takes 40 on either device; only the way there and back of its two rows is to be gained."""
+    for token_bytes, fetched in ((0, False), (32, True)):
+        here = setting._replace(costs=setting.costs._replace(token_bytes=token_bytes))
+        at = Table("hybrimoe:ahead=1", here, make_desk(here), cpu=20)
+        guess(at, 0, (2,))
+        at.desk.view.predicted_tokens[0] = at.desk.view.predicted_loads[0, 2] = 2
+        assert bool(fetches(at.dispatch([[0, 1]]))) == fetched
+
+
+def test_a_guessed_layer_finds_its_link_free(table: Callable[..., Table]) -> None:
+    """Of one token in layer 1 and two in layer 2 each takes 140 now, and 40 if fetched: the nearer.
+
+    Behind the 50 that the link is busy, they would take 145, on the CPU, and 190: the other.
+    """
+    at = table("hybrimoe:ahead=2,prefetch_size=1", cpu=145)
+    at.desk.view.forecast.free[H2D] = 50
+    guess(at, 0, (2,), (3,))
+    at.desk.view.predicted_loads[1, 3] = 2
+    assert fetches(at.dispatch([[0, 1]])) == [("evict", 1, 0), ("fetch", 1, 2)]
 
 
 def test_a_lighter_guess_comes_first_if_it_gains_more(table: Callable[..., Table]) -> None:

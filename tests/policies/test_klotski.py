@@ -151,14 +151,17 @@ def test_the_gate_that_waits_makes_condition_2_binding() -> None:
 
 
 def small(make_setting: MakeSetting, **changes: Any) -> Setting:
-    """Return 2 layers of 4 experts, top 2, in round numbers; 8 sequences of 4 tokens each."""
+    """Return 2 layers of 4 experts, top 2, in round numbers; 8 sequences of 4 tokens each.
+
+    The budget holds one layer, none for good.
+    """
     table = np.arange(lab.TOKENS + 1) * 10 + 30
     costs = lab.make_costs(
         2, attention=100, gate=7, copy_ns_per_kib=200, kv_bytes=50, dense_bytes=512
     )
     costs = costs._replace(expert_gpu_ns=np.array([table] * 4))
     setting = make_setting(1, experts=4)._replace(
-        costs=costs, sequences=8, step_tokens=32, kv_tokens=8 * 6, budget_bytes=9 * 1024,
+        costs=costs, sequences=8, step_tokens=32, kv_tokens=8 * 6, budget_bytes=4 * 1024,
         popularity=np.array([[4, 0, 8, 4], [8, 4, 4, 0]]),
     )  # fmt: skip
     return setting._replace(**changes)
@@ -267,16 +270,28 @@ def test_n_and_bs_that_contradict_each_other_are_refused(make_setting: MakeSetti
         choose("klotski:window=7").make(small(make_setting))
 
 
+def test_where_nothing_is_copied_nothing_has_to_be_hidden(make_setting: MakeSetting) -> None:
+    """All 8 experts are on the GPU, or the first layer's: then the other's copies need hiding."""
+    for slots, resident, said in ((8, 2, ()), (11, 2, ()), (7, 0, ("would group 4 batches",))):
+        setting = small(make_setting, budget_bytes=slots * 1024)
+        policy: Any = choose("klotski").make(setting)
+        assert policy.home.resident_layers == resident
+        notices = policy.place(setting).notices
+        assert len(notices) == len(said)
+        assert all(part in notices[0] for part in said)
+        assert policy.plan(setting)[0].note.startswith(f"{resident} of 2 layers stay on the GPU")
+
+
 def test_without_any_hiding_n_it_says_so(make_setting: MakeSetting) -> None:
     costs = lab.make_costs(2, attention=0, gpu=5, copy_ns_per_kib=200)
     setting = small(make_setting, costs=costs)
     assert split("klotski", setting) == (1, 8, 0)
     said = choose("klotski").make(setting).place(setting).notices
-    assert said == ("klotski: no number of batches of 8 hides all copies",)
+    assert said == ("klotski: 1024 batches of 8 do not hide all copies yet",)
     policy = choose("klotski").make(setting)
     assert isinstance(policy, Klotski)
     result, only, *_ = policy.plan(setting)
-    assert [row[1] for row in result.rows] == [1, 8, "none", policy.split.fitting, "none"]
+    assert [row[1] for row in result.rows] == [1, 8, "over 1024", policy.split.fitting, "unknown"]
     assert "not hidden: (2), (5), (6), (7)" in only.title
 
 
@@ -740,19 +755,28 @@ def copies(done: Replayed) -> Any:
     return ops[(ops["kind"] == COPY_IN) & (ops["cancel_ns"] < 0)]
 
 
+def places(ops: Any) -> list[tuple[int, int, int]]:
+    """Return step, layer and expert of operations, in order of submission."""
+    return list(zip(*(ops[name].tolist() for name in ("step", "layer", "expert")), strict=True))
+
+
 @pytest.mark.parametrize("spec", ["klotski", "klotski:bs=1,hot=9,kv=host,dense=host", SWITCHED])
 @given(case=cases())
 @settings(max_examples=80)
 def test_laws_of_the_rules(spec: str, case: Case) -> None:
-    """In a block and step no expert is copied twice, in the order of the copies; only hot ones and
-    active ones are copied; hot ones run in front; nothing stays that was not there at first."""
+    """In a block and step no expert is copied twice; experts run in the order of their copies; only
+    hot ones and active ones are copied; nothing stays that was not there at first.
+    """
     done = case.run(choose(spec))
     log = done.log
     policy: Any = done.prepared.policy
     ops = copies(done)
     if "order=id" not in spec:
-        seen = list(zip(ops["step"], ops["layer"], ops["expert"], strict=True))
+        seen = places(ops)
         assert len(set(seen)) == len(seen)
+        runs = dict.fromkeys(places(log.operations[log.operations["kind"] == EXPERT_GPU]))
+        copied = [place for place in seen if place in runs]
+        assert copied == [place for place in runs if place in set(seen)]
     active = log.loads.sum(axis=2) > 0
     for op in ops:
         if op["cause"] != PREFETCH:
@@ -918,7 +942,7 @@ def test_plan_shows_conditions_and_places(make_setting: MakeSetting) -> None:
     result, run_, fewer, enough, times, places = policy.plan(setting)
     assert [row[1] for row in result.rows[:3]] == [2, 4, 4]
     for table, n, failing in ((run_, 2, "(2), (5)"), (fewer, 3, "(2), (5)"), (enough, 4, "")):
-        assert table.title.startswith(f"n = {n} batches of 4")
+        assert table.title.startswith(f"n = {n}, bs = 4")
         assert failing in table.title
         by_name = {str(row[0])[:3]: row for row in table.rows}
         assert by_name["(2)"][2] == n * 100 / 1e6

@@ -30,7 +30,17 @@ from moesim.traces.format import Trace, read_trace
 from moesim.traces.predictors import guess
 from moesim.traces.synthetic import synthesize
 from moesim.traces.workload import cut, steps_of
-from moesim.types import COPY_IN, DEMAND, H2D_BACKGROUND, NONE, PREFETCH, WHOLE, IntArray
+from moesim.types import (
+    COPY_IN,
+    DEMAND,
+    GPU,
+    H2D,
+    H2D_BACKGROUND,
+    NONE,
+    PREFETCH,
+    WHOLE,
+    IntArray,
+)
 
 MakeSetting = Callable[..., Setting]
 MakeDesk = Callable[[Setting], Any]
@@ -292,12 +302,15 @@ def test_the_match_is_the_most_similar_of_all_rows_seen_or_of_all_to_come(
             for expert, load in loads.items():
                 counts[layer, expert] += load
             note_routing(desk.routed(loads, layer=layer), collection, request)
+            cosines = [similarity(counts, one, [layer]) for one in past]
+            assert request.cosine[layer] / moe_infinity.ONE == pytest.approx(cosines, abs=1e-8)
             match = most_similar(request, int(code))
             rows = range(layer + 1, layers) if code else range(layers)
             of = [similarity(counts, one, rows) for one in past]
             assert of[match] == pytest.approx(max(of), abs=1e-8)
             assert match <= int(np.argmax(np.array(of) > max(of) - 1e-12))
     assert (request.tokens == counts).all()
+    assert request.routed[0] == counts[0].sum()
 
 
 def test_equal_matches_are_the_first_and_the_code_s_is_that_in_a_first_prompt(
@@ -476,12 +489,27 @@ def test_demands_go_first_and_the_gate_waits_for_them(table: Any) -> None:
     ]  # fmt: skip
 
 
-def test_what_the_link_has_to_do_already_leaves_less(table: Any) -> None:
+@pytest.mark.parametrize("queue", [H2D, H2D_BACKGROUND])
+def test_what_the_link_has_to_do_already_leaves_less(table: Any, queue: int) -> None:
     """Of 3 copies' time, the link is busy for 2.5."""
     desk = table(PAST)
     desk.cache((0, 0))
-    desk.desk.view.forecast.free[H2D_BACKGROUND] = 2.5 * desk.copy_ns
+    desk.desk.view.forecast.free[queue] = 2.5 * desk.copy_ns
     assert desk.ask(0, 0, copies=3)[2:] == [("ahead", 1, 0)]
+
+
+def test_a_demand_delays_what_is_behind_it(table: Any) -> None:
+    """The gate is 3 copies after the demand, which the background's copy is behind: from 2 to 4."""
+    desk = table(PAST)
+    desk.desk.view.forecast.free[H2D_BACKGROUND] = desk.copy_ns
+    assert desk.ask(0, 3, copies=3)[2:] == [("ahead", 1, 0), ("ahead", 3, 3)]
+
+
+def test_work_in_the_gpu_s_queue_leaves_time_for_more(table: Any) -> None:
+    desk = table(PAST)
+    desk.cache((0, 0))
+    desk.desk.view.forecast.free[GPU] = 2 * desk.copy_ns
+    assert len(desk.ask(0, 0, copies=1)[2:]) == 3
 
 
 def test_no_more_is_ordered_than_a_layer_has_experts(table: Any) -> None:
@@ -489,6 +517,15 @@ def test_no_more_is_ordered_than_a_layer_has_experts(table: Any) -> None:
     desk = table(tokens)
     desk.cache((0, 0))
     assert len(desk.ask(0, 0, copies=99)) == 2 + EXPERTS
+
+
+def test_what_waits_counts_among_them(table: Any) -> None:
+    """Four wait, each as good as the next one: two more make as many as a layer has experts."""
+    many = {(layer, expert): 2 for layer in (2, 3) for expert in range(EXPERTS)}
+    desk = table(many | {(0, 0): 1})
+    queued(desk, (2, 0), (2, 1), (2, 2), (2, 3), copies=2)
+    desk.cache((1, 1))
+    assert desk.ask(1, 1, copies=99)[2:] == [("ahead", 2, 4), ("ahead", 2, 5)]
 
 
 def test_prefetching_can_be_left_out(table: Any) -> None:
@@ -555,6 +592,17 @@ def test_the_code_evicts_the_fewest_visits_by_expert_and_layer(table: Any) -> No
     assert desk.policy.pool.visits[EXPERTS] == 2
 
 
+def test_a_visit_is_a_step_however_many_tokens(table: Any) -> None:
+    """Three tokens use (0, 0) in one step, then one (0, 1) in each of two."""
+    desk = table({(0, 0): 1}, 2, prefetch=False, evict="code")
+    desk.cache((0, 0), (0, 1))
+    desk.policy.dispatch(desk.desk.routed({0: 3}), desk.desk.plan)
+    desk.desk.take()
+    desk.ask(0, 1)
+    desk.ask(0, 1)
+    assert desk.ask(1, 5) == [("evict", 0, 0), ("load", 1, 5), ("gpu", 5)]
+
+
 def test_the_request_s_own_tokens_decide_if_asked_for(table: Any) -> None:
     """The match speaks for (0, 1); the request has used (0, 2) twice and (0, 1) once."""
     past = {(0, 1): 9, (0, 2): 1}
@@ -564,6 +612,14 @@ def test_the_request_s_own_tokens_decide_if_asked_for(table: Any) -> None:
         desk.ask(0, 1, 2)
         desk.ask(0, 2)
         assert desk.ask(1, 5) == [("evict", 0, victim), ("load", 1, 5), ("gpu", 5)]
+
+
+def test_a_match_without_tokens_in_the_first_layer_decides_as_well(table: Any) -> None:
+    """It speaks for (1, 1), the request has used (1, 2)."""
+    desk = table({(1, 1): 9}, 2, prefetch=False)
+    desk.cache((1, 1), (1, 2))
+    desk.ask(1, 2)
+    assert desk.ask(2, 5) == [("evict", 1, 2), ("load", 2, 5), ("gpu", 5)]
 
 
 def test_a_prefetch_takes_the_place_of_what_is_expected_less_only(table: Any) -> None:
@@ -589,6 +645,13 @@ def test_a_prefetch_displaces_nobody_who_is_expected_just_as_much(table: Any) ->
     assert desk.ask(0, 0, copies=99)[2:] == [("evict", 0, 1), ("ahead", 1, 0)]
 
 
+def test_layers_behind_are_worth_less_the_later_they_are(table: Any) -> None:
+    """From layer 2, in quarters: (3, 0) 9, (3, 1) 6; behind, (0, 1) 1 x 4 and (1, 1) 2 x 3."""
+    desk = table({(0, 1): 1, (1, 1): 2, (2, 0): 1, (3, 0): 3, (3, 1): 2}, 3)
+    desk.cache((2, 0), (0, 1), (1, 1))
+    assert desk.ask(2, 0, copies=99)[2:] == [("evict", 0, 1), ("ahead", 3, 0)]
+
+
 def test_the_code_s_prefetch_passes_over_who_is_expected_more(table: Any) -> None:
     """(0, 1) has no visit and is worth 20; (0, 2) has one and is worth 4, less than (1, 0)'s 9."""
     desk = table(PAST | {(0, 1): 5, (0, 2): 1}, 3, evict="code")
@@ -604,6 +667,15 @@ def test_shares_are_compared_where_the_request_s_tokens_decide(table: Any) -> No
     desk.ask(0, 0, 1)
     for _ in range(3):
         assert desk.ask(0, 0, copies=99)[2:] == []
+    assert desk.ask(0, 0, copies=99)[2:] == [("evict", 0, 1), ("ahead", 1, 0)]
+
+
+def test_shares_are_compared_for_every_prefetch(table: Any) -> None:
+    """In shares x 28: (1, 0) 3/2 x 3/4 is 31.5, (2, 1) 1/2 x 2/4 is 7; (0, 1), (0, 2) 2/7 are 8."""
+    desk = table({(0, 0): 2, (1, 0): 3, (2, 1): 1}, 3, evict="request")
+    desk.cache((0, 0), (0, 1), (0, 2))
+    desk.ask(0, 0, 1, 2)
+    desk.ask(0, 0, 1, 2)
     assert desk.ask(0, 0, copies=99)[2:] == [("evict", 0, 1), ("ahead", 1, 0)]
 
 
@@ -655,6 +727,14 @@ def test_a_better_one_takes_the_place_in_the_queue(table: Any) -> None:
         ("evict", 3, 3), ("promote", 1, 0), ("gpu", 0),
         ("ahead", 2, 5), ("ahead", 3, 3), ("ahead", 3, 4),
     ]  # fmt: skip
+
+
+def test_what_waits_stays_in_the_queue_before_its_equals(table: Any) -> None:
+    desk = table({(0, 0): 1, (3, 3): 2, (3, 4): 2})
+    queued(desk, (3, 3), copies=2)
+    desk.cache((1, 1))
+    assert desk.ask(1, 1) == [("promote", 1, 1), ("gpu", 1)]
+    assert desk.policy.queue.cells[: desk.policy.queue.length[0]].tolist() == [3 * EXPERTS + 3]
 
 
 @pytest.mark.parametrize("copies", [0, 0.5, 1])

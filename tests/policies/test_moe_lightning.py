@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moesim.policies.testing as lab
-from moesim.costs import build_costs
+from moesim.costs import CONTEXT_UNIT, build_costs
 from moesim.errors import PolicyError
 from moesim.model import load_model
 from moesim.policies.api import Setting
@@ -125,14 +125,18 @@ def test_the_workspace_by_hand() -> None:
     assert workspace_bytes(problem._replace(prompt=0), 3, 6) == 4 * 4 * 6
 
 
+SMALL = Problem(
+    layers=4, experts=2, top_k=1, hidden=2, width=3, heads=1, kv_width=1, layer_bytes=100,
+    dense_bytes=14, prompt=0, generate=5, gpu_bytes=(14 + 16 + 320) / 0.86, host_bytes=1e9,
+    link_bytes_per_s=10, gpu_bytes_per_s=60, host_bytes_per_s=7, gpu_flops_per_s=36,
+    host_flops_per_s=1.5,
+)  # fmt: skip
+"""Round numbers: 4 layers of 100 bytes."""
+
+
 def test_a_small_case_by_hand() -> None:
-    """Round numbers: one micro-batch of two sequences, one layer of 100 bytes each of 4 layers."""
-    problem = Problem(
-        layers=4, experts=2, top_k=1, hidden=2, width=3, heads=1, kv_width=1, layer_bytes=100,
-        dense_bytes=14, prompt=0, generate=5, gpu_bytes=(14 + 16 + 320) / 0.86, host_bytes=1e9,
-        link_bytes_per_s=10, gpu_bytes_per_s=60, host_bytes_per_s=7, gpu_flops_per_s=36,
-        host_flops_per_s=1.5,
-    )  # fmt: skip
+    """One micro-batch of two sequences."""
+    problem = SMALL
     found = evaluate(problem, 2, 1)
     # 320 bytes are left of which 200 would be buffers: (320 - 200) / (400 - 200)
     gpu = max(6 * 2 * 2 * 3 * 1 / 36, (2 * 2 * 5 + 100) / 60)
@@ -146,6 +150,18 @@ def test_a_small_case_by_hand() -> None:
     assert tokens_per_s(problem, found) == pytest.approx(10 / (40 * 4 * 4))
     # a prefill without tokens only copies
     assert prefill_s(problem, found) == pytest.approx(max(4, 100 / 60))
+
+
+def test_of_equally_good_policies_the_last_one_is_taken() -> None:
+    """The CPU needs 30 s for a sequence, in whatever micro-batch. Each has a workspace of 8 bytes,
+    which leaves room for two layers of buffers up to 17; four micro-batches of 4 are tried last.
+    """
+    problem = SMALL._replace(host_flops_per_s=1)
+    tried = [found for size in (1, 2, 3, 4) for found in improving(problem, size)]
+    assert {tokens_per_s(problem, found) for found in tried} == {5 / (30 * 4 * 4)}
+    assert [found.size for found in tried] == [1] * 17 + [2] * 8 + [3] * 5 + [4] * 4
+    assert evaluate(problem, 36, 1) is None
+    assert solve(problem) == tried[-1]
 
 
 @pytest.mark.parametrize(
@@ -306,6 +322,14 @@ def test_more_micro_batches_where_the_workspace_asks_for_them() -> None:
         for count in (batches - 1, batches)
     ]
     assert fits == [False, True]
+    for spec, said in (("", 0), (f"batches={batches - 1}", 1)):
+        notices = choose(f"moe-lightning:{spec}").make(setting).place(setting).notices
+        assert len([n for n in notices if "GiB more GPU memory" in n]) == said
+    # Nothing fits: three, which is said.
+    full = setting._replace(budget_bytes=20 * GIB)
+    placement = choose("moe-lightning").make(full).place(full)
+    assert placement.batches == fewest_batches(full) == 3
+    assert "prompts in 3 micro-batches need" in placement.notices[0]
 
 
 def test_it_refuses_to_do_without_a_gpu(make_setting: MakeSetting) -> None:
@@ -428,16 +452,36 @@ def test_the_plan_counts_by_the_cost_tables(make_setting: MakeSetting) -> None:
     """
     setting = small(make_setting, 16 * 1024, kv_tokens=90)
     costs = lab.make_costs(
-        4, attention=50, gate=10, gpu=20, combine=5, copy_ns_per_kib=64, cpu_context=7
+        4, attention=50, gate=10, gpu=20, combine=5, shared=30, copy_ns_per_kib=64, cpu_context=7
     )
     setting = setting._replace(costs=costs)
     policy: Any = choose("moe-lightning").make(setting)
     (table,) = policy.plan(setting)
     shown = dict(table.rows)
+    gpu, cpu = 3 * (50 + 10 + 6 * 20) + 5 + 30, 3 * 30 * 7
     assert shown["layer: link, ms"] == pytest.approx(8 * 64 / 1e6)
-    assert shown["layer: GPU, ms"] == pytest.approx((3 * (50 + 10 + 6 * 20) + 5) / 1e6)
-    assert shown["layer: CPU, ms"] == pytest.approx(3 * 30 * 7 / 1e6)
-    assert shown["tokens/s of decoding"] == pytest.approx(8e9 / (4 * 630))
+    assert shown["layer: GPU, ms"] == pytest.approx(gpu / 1e6)
+    assert shown["layer: CPU, ms"] == pytest.approx(cpu / 1e6)
+    assert shown["step side by side, s"] == pytest.approx(4 * 630 / 1e9)
+    # The first projection and the last gate have nothing of the CPU beside them, nor have experts.
+    in_turn = 50 + 630 + 10 + 3 * 6 * 20 + 30 + 5
+    assert shown["step in lock-step, s"] == pytest.approx(4 * in_turn / 1e9)
+    assert shown["tokens/s in lock-step"] == pytest.approx(8e9 / (4 * in_turn))
+
+
+def test_the_plan_counts_attention_on_the_gpu(make_setting: MakeSetting) -> None:
+    """Each of 3 micro-batches attends to 30 tokens at most, for 9 each; 64 bytes of a token."""
+    costs = lab.make_costs(4, attention=50, gate=10, gpu=20, copy_ns_per_kib=64, kv_bytes=64)
+    costs = costs._replace(context_fp=np.array([0, 9]) * CONTEXT_UNIT)
+    setting = small(make_setting, 16 * 1024, kv_tokens=90)._replace(costs=costs)
+    policy: Any = choose("moe-lightning:attention=gpu").make(setting)
+    shown = dict(policy.plan(setting)[0].rows)
+    gpu = 3 * (50 + 30 * 9 + 10 + 6 * 20)
+    assert shown["layer: link, ms"] == pytest.approx((8 * 64 + 3 * 30 * 4) / 1e6)
+    assert shown["layer: GPU, ms"] == pytest.approx(gpu / 1e6)
+    assert shown["layer: CPU, ms"] == 0
+    assert shown["step in lock-step, s"] == shown["step side by side, s"]
+    assert shown["step in lock-step, s"] == pytest.approx(4 * gpu / 1e9)
 
 
 def test_the_plan_shows_the_solver_for_a_known_machine(run: Callable[..., Replayed]) -> None:
@@ -450,7 +494,7 @@ def test_the_plan_shows_the_solver_for_a_known_machine(run: Callable[..., Replay
     assert found is not None
     shown = dict(tables[1].rows)
     assert shown["sequences"] == found.size * found.batches
-    assert shown["tokens/s of decoding"] == tokens_per_s(problem, found)
+    assert shown["tokens/s as it counts them"] == tokens_per_s(problem, found)
 
 
 def test_the_plan_says_if_nothing_fits(run: Callable[..., Replayed]) -> None:

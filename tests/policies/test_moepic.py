@@ -10,11 +10,22 @@ import moesim.policies.testing as lab
 from moesim.costs import part_bytes
 from moesim.errors import InputError, PolicyError
 from moesim.policies.api import COMMANDS, FIRST, REST, Offline, Setting
+from moesim.policies.moepic import duration
 from moesim.policies.parts.cache import lcp_count, lcp_enter, lcp_priority, lcp_victim, new_lcp
 from moesim.policies.registry import choose
 from moesim.sim.replay import Replayed
 from moesim.traces.format import MISSING, Trace
-from moesim.types import COPY_IN, DECODE, DEMAND, NONE, PREFETCH, RESIDENT, RESIZE, WHOLE
+from moesim.types import (
+    COPY_IN,
+    DECODE,
+    DEMAND,
+    GATE,
+    NONE,
+    PREFETCH,
+    RESIDENT,
+    RESIZE,
+    WHOLE,
+)
 
 MakeSetting = Callable[..., Setting]
 MakeDesk = Callable[[Setting], Any]
@@ -53,7 +64,7 @@ def test_a_use_counts_a_quarter_after_128_tokens() -> None:
     assert [lcp_priority(lcp, 0, e) for e in range(4)] == [2.5, 3.0, 2.5, 0.0]
     nobody = np.zeros(4, np.int64)
     assert lcp_victim(lcp, 0, nobody) == 0
-    # one token later c was idle for 255: 2.527
+    # with c idle for 255: 2.527
     lcp.last[0, 2] = 1
     assert lcp_priority(lcp, 0, 2) == pytest.approx(2.527, abs=1e-3)
     assert lcp_victim(lcp, 0, nobody) == 0
@@ -108,12 +119,46 @@ def test_a_given_ratio_divides_every_layer_s_share(
         assert placement.cache_slot_bytes.tolist() == [size, size]
 
 
-def test_the_most_popular_tops_are_cached_first(make_setting: MakeSetting) -> None:
+@pytest.mark.parametrize(
+    ("slots", "tops"), [(3, [1, 0, 0]), (5, [1, 1, 1]), (6, [2, 1, 1]), (40, [8, 8, 8])]
+)
+def test_the_first_layers_get_what_is_left_over(
+    make_setting: MakeSetting, slots: int, tops: list[int]
+) -> None:
+    """3 layers, whole experts, 2 in the buffer: none of the budget is left unused."""
+    setting = make_setting(slots, layers=3)
+    placement: Any = choose("moepic:theta=1,buffer=2").make(setting).place(setting)
+    assert placement.cache_slots.tolist() == tops
+    assert (placement.cached == WHOLE).sum(axis=1).tolist() == tops
+
+
+def test_the_most_popular_tops_are_cached_and_leave_last(make_setting: MakeSetting) -> None:
     counts = np.zeros((2, 8), np.int64)
     counts[0, [6, 2]] = 5, 9
     setting = make_setting(3)._replace(popularity=counts)
-    placement: Any = choose("moepic:theta=0.5,buffer=1").make(setting).place(setting)
-    assert np.argwhere(placement.cached == HALF).tolist() == [[0, 2], [0, 6], [1, 0], [1, 1]]
+    policy: Any = choose("moepic:theta=0.5,buffer=1").make(setting)
+    cached = policy.place(setting).cached
+    assert np.argwhere(cached == HALF).tolist() == [[0, 2], [0, 6], [1, 0], [1, 1]]
+    assert lcp_victim(policy.lcp, 0, np.zeros(8, np.int64)) == 6
+
+
+def test_without_prefetch_nothing_is_guessed(make_setting: MakeSetting) -> None:
+    """The configurator then sees misses alone, for which the fewest tops are best."""
+    seen = offline(50, 3, 8)
+    setting = make_setting(11, layers=3)._replace(offline=lambda *_: seen)
+    policy: Any = choose("moepic:prefetch=false,buffer=2").make(setting)
+    placement = policy.place(setting)
+    worth = policy.plan(setting)[0]
+    assert "nothing is fetched ahead" in worth.note
+    # Where nothing is cached, each token waits for two experts in each of three layers.
+    assert worth.rows[1][1] == pytest.approx(3 * 2 * policy.times.copy[0] / 1e6)
+    assert placement.predictions == ()
+    tops, part = policy.layout.tops, policy.layout.part
+    assert ((tops - 1) * WHOLE < tops * (part + 1)).all()
+    with_guesses: Any = choose("moepic:buffer=2").make(setting)
+    assert with_guesses.place(setting).predictions == (with_guesses.prediction,)
+    gates = with_guesses.times.rest - policy.times.rest
+    assert gates == 3 * duration(setting.costs, GATE, 0)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +176,8 @@ def test_bad_parameters_are_refused(make_setting: MakeSetting) -> None:
     for theta in ("1.1", "-1", "half", "nan"):
         with pytest.raises(InputError, match=f"theta={theta} is not legal; auto or 0 to 1 is"):
             choose(f"moepic:theta={theta}").make(make_setting(4))
-    for epsilon in ("0", "1.5"):
-        with pytest.raises(InputError, match=r"epsilon=.* is not legal"):
+    for epsilon in ("0", "1e-9", "1e-300", "1.5"):
+        with pytest.raises(InputError, match=r"epsilon=.* is not legal; 0.001 to 1 is"):
             choose(f"moepic:epsilon={epsilon}").make(make_setting(4))
     with pytest.raises(PolicyError, match="holds no expert"):
         choose("moepic").make(make_setting(0))
@@ -185,7 +230,7 @@ def test_whole_experts_are_not_fetched_again(
 def test_missing_parts_are_demanded_and_tops_run_first(
     make_setting: MakeSetting, make_desk: MakeDesk
 ) -> None:
-    """Active are 7, of which nothing is there, and 2, whose top is: 7 takes the place of 0, the
+    """Active are 7, of which nothing is there, and 2, whose top is: 7 takes the place of 5, the
     one that was cached first of those never used; the top of 2 runs before anything arrives.
     """
     policy, desk = at_the_desk(make_setting, make_desk)
@@ -193,7 +238,7 @@ def test_missing_parts_are_demanded_and_tops_run_first(
     view.ids[0] = 7, 2
     policy.dispatch(view, desk.plan)
     assert orders(desk) == [
-        ("evict", 0, 0), ("fetch", 0, 7, HALF, 0, 1), ("fetch", 0, 7, WHOLE, 1, 1),
+        ("evict", 0, 5), ("fetch", 0, 7, HALF, 0, 1), ("fetch", 0, 7, WHOLE, 1, 1),
         ("fetch", 0, 2, WHOLE, 1, 1),
         ("run_on_gpu", -1, 2, FIRST), ("run_on_gpu", -1, 7, 0), ("run_on_gpu", -1, 2, REST),
     ]  # fmt: skip
@@ -230,7 +275,7 @@ def test_what_came_whole_is_admitted_if_it_was_needed(
     view = desk.routed({7: 1}, layer=0)
     view.staged[0, [6, 7]] = WHOLE
     policy.after_layer(view, desk.plan)
-    assert orders(desk) == [("evict", 0, 0), ("admit", 0, 7)]
+    assert orders(desk) == [("evict", 0, 5), ("admit", 0, 7)]
 
 
 def test_an_active_expert_is_never_the_victim(
@@ -341,7 +386,7 @@ def test_the_configurator_starts_from_what_is_not_replayed(make_setting: MakeSet
     setting = make_setting(8, layers=3)
     seen = offline(50, 3, 8)
     setting = setting._replace(offline=lambda *_: seen)
-    policy: Any = choose("moepic:buffer=2,epsilon=0.1667").make(setting)
+    policy: Any = choose("moepic:buffer=2,epsilon=0.16").make(setting)
     placement = policy.place(setting)
     assert (placement.cache_slots[0], placement.cache_slot_bytes[0]) == (2, setting.expert_bytes)
     assert (placement.cache_slots * placement.cache_slot_bytes).sum() <= 6 * setting.expert_bytes

@@ -159,12 +159,12 @@ def test_no_other_pair_completes_more(seen: Behaviour, budget: int, window: int)
 
 
 def configured(
-    seen: Behaviour, window: float, units: int, unit: int
+    seen: Behaviour, window: float, even: int, unit: int
 ) -> tuple[Layout, list[tuple[int, int]], list[float]]:
     layers = len(seen.steps)
     layout, moves = new_layout(layers), new_moves()
     made = configure(
-        seen, times(layers, window, 1.0), units, unit, np.full(layers, WHOLE), layout, moves,
+        seen, times(layers, window, 1.0), even, unit, np.full(layers, WHOLE), layout, moves,
         np.zeros((3, layers)),
     )  # fmt: skip
     pairs = list(zip(moves.giver[:made].tolist(), moves.taker[:made].tolist(), strict=True))
@@ -172,26 +172,30 @@ def configured(
 
 
 @given(
-    seen=behaviours(), window=st.integers(0, 6), units=st.integers(0, 12), unit=st.integers(1, 900)
+    seen=behaviours(), window=st.integers(0, 6), even=st.integers(0, 5000), unit=st.integers(1, 900)
 )
 @settings(max_examples=150)
 def test_every_move_gains_and_none_is_left(
-    seen: Behaviour, window: int, units: int, unit: int
+    seen: Behaviour, window: int, even: int, unit: int
 ) -> None:
     """The whole budget stays in use, the total falls with each move, and no other move would."""
     layers = len(seen.steps)
-    layout, _, totals = configured(seen, window / 2, units, unit)
-    assert layout.units.sum() == units
+    layout, moves, totals = configured(seen, window / 2, even, unit)
+    assert layout.units.sum() == 0
+    assert (even + layout.units * unit >= 0).all()
+    assert (layout.tops * layout.part <= even + layout.units * unit).all()
+    if not moves:
+        assert not layout.units.any()
     assert all(after < before + 1e-12 for before, after in pairwise(totals))
     assert totals[-1] == pytest.approx(layout.exposed.sum())
 
     def waits(layer: int, held: Any) -> float:
         given_times = times(layers, window / 2, 1.0)
-        return solve(seen, given_times, layer, held * unit, new_layout(layers))
+        return solve(seen, given_times, layer, even + held * unit, new_layout(layers))
 
     here = [waits(layer, layout.units[layer]) for layer in range(layers)]
     for taker, giver in np.ndindex(layers, layers):
-        if taker != giver and layout.units[giver] > 0:
+        if taker != giver and even + (layout.units[giver] - 1) * unit >= 0:
             gain = here[taker] - waits(taker, layout.units[taker] + 1)
             loss = waits(giver, layout.units[giver] - 1) - here[giver]
             assert gain <= loss + 1e-9
@@ -202,11 +206,39 @@ def test_budget_goes_from_where_nothing_is_gained_to_where_misses_are() -> None:
     seen = new_behaviour(2, 1, 4)
     seen.steps[:] = 10
     seen.missed[1] = 10, 10, 0, 0
-    layout, pairs, totals = configured(seen, 0.0, 4, WHOLE // 2)
+    layout, pairs, totals = configured(seen, 0.0, WHOLE, WHOLE // 2)
     assert pairs == [(0, 1), (0, 1)]
-    assert layout.units.tolist() == [0, 4]
+    assert layout.units.tolist() == [-2, 2]
     assert (layout.tops[1], layout.part[1]) == (2, WHOLE)
     assert totals == [1.0, 0.5, 0.0]
+
+
+def test_no_layer_gives_more_than_it_has() -> None:
+    """Each has less than a unit: nothing moves, and all of an uneven budget stays in use."""
+    seen = new_behaviour(2, 1, 4)
+    seen.steps[:] = 10
+    seen.missed[1] = 10, 10, 0, 0
+    layout, pairs, _ = configured(seen, 0.0, 700, 701)
+    assert pairs == []
+    assert (layout.tops * layout.part).tolist() == [700, 700]
+
+
+def test_larger_experts_get_less_of_the_same_bytes() -> None:
+    """Layers of 1000 and 4000 bytes an expert, 2000 each: both need two experts all the time.
+
+    A unit of 1000 bytes brings layer 0, which has all it needs, nothing, and layer 1 a quarter.
+    """
+    seen = new_behaviour(2, 1, 4)
+    seen.steps[:] = 10
+    seen.missed[:, :2] = 10
+    layout, moves = new_layout(2), new_moves()
+    configure(
+        seen, times(2, 0.0, 1.0), 2000, 1000, np.array([1000, 4000]), layout, moves,
+        np.zeros((3, 2)),
+    )  # fmt: skip
+    assert layout.tops.tolist() == [2, 1]
+    assert layout.part.tolist() == [WHOLE, WHOLE // 2]
+    assert layout.exposed.tolist() == [0.0, 1.5]
 
 
 # What is seen.

@@ -16,6 +16,7 @@ from moesim.audit.passes import (
     check_experts,
     check_head,
     check_kv,
+    check_synchronised,
 )
 from moesim.audit.weights import check_disk, check_weights
 from moesim.log import Log
@@ -41,3 +42,4 @@ def audit(log: Log) -> None:
             check_combine(run, step, layer)
             check_dense(run, step, layer)
     check_kv(run)
+    check_synchronised(run)

@@ -66,6 +66,8 @@ def check_cpu_attention(run: Run, step: int, layer: int) -> None:
     on_cpu = run.log.attention_on_cpu and step > 0
     links: tuple[int, ...] = (SEND, ATTENTION_CPU, RETURN, GATE)
     for attention in run.find(ATTENTION, step, layer):
+        law = "attention: the GPU attends to a context that is the CPU's"
+        require(not (on_cpu and attention.context), law, attention)
         before = attention
         for kind in links if on_cpu else ():
             found = [o for o in run.find(kind, step, layer) if o.batch == attention.batch]
@@ -79,9 +81,26 @@ def check_cpu_attention(run: Run, step: int, layer: int) -> None:
                 require(before.amount == attention.amount, law, before, attention)
     expected = len(run.find(ATTENTION, step, layer)) if on_cpu else 0
     for kind in (SEND, ATTENTION_CPU, RETURN):
-        found = [o for o in run.find(kind, step, layer) if o.batch != NONE]
+        found = run.find(kind, step, layer)
+        if kind != ATTENTION_CPU:
+            found = [o for o in found if o.batch != NONE]
         law = f"attention: step {step}, layer {layer} has {len(found)} {KINDS[kind]} of batches"
         require(len(found) == expected, law, *found)
+
+
+def check_synchronised(run: Run) -> None:
+    """With full synchronisations, an ATTENTION or GATE is submitted when all has ended that was
+    submitted up to the last ATTENTION (the RETURN of what the CPU attended to) or COMBINE.
+    """
+    submitted_end_ns = due_ns = 0
+    law = "synchronisation: ATTENTION and GATE are submitted when all before them has ended"
+    for operation in run.live if run.log.sync_batches else ():
+        if operation.kind in {ATTENTION, GATE}:
+            require(operation.submit_ns >= due_ns, law, operation)
+        submitted_end_ns = max(submitted_end_ns, operation.end_ns)
+        attended = operation.kind == RETURN and operation.batch != NONE
+        if attended or operation.kind in {ATTENTION, COMBINE}:
+            due_ns = submitted_end_ns
 
 
 def check_experts(run: Run, step: int, layer: int) -> None:

@@ -20,9 +20,10 @@ def command(policy: str, seed: int, as_json: bool, **inputs: Any) -> None:
     """Show how a policy comes to its settings, without running it.
 
     Without TRACE, the example that ships with moesim. What a policy learns beforehand it learns
-    from the part of the trace that is not replayed; --batch, --prompt and --generate say which is.
+    from the sequences of the trace that are not replayed; --batch, --prompt and --generate say
+    which are. If there are none, it learns from what is left of them.
     """
-    from moesim.errors import InputError
+    from moesim.errors import InputError, MoesimError, PolicyError
     from moesim.policies.registry import BUILTIN, choose, load_class
 
     chosen = choose(policy)
@@ -35,17 +36,30 @@ def command(policy: str, seed: int, as_json: bool, **inputs: Any) -> None:
     prepared = given.prepare(chosen, seed)
     for line in (*given.notices, *prepared.notices):
         click.echo(f"note: {line}", err=True)
-    tables: tuple[Table, ...] = prepared.policy.plan(prepared.setting)
+    try:
+        tables: tuple[Table, ...] = prepared.policy.plan(prepared.setting)
+        data = [as_dict(table) for table in tables]
+    except MoesimError:
+        raise
+    except Exception as error:
+        raise PolicyError(
+            f"policy '{chosen.name}', plan: {type(error).__name__}: {error}"
+        ) from error
     if as_json:
-        print_json({"policy": policy, "tables": [as_dict(table) for table in tables]})
+        print_json({"policy": policy, "tables": data})
     else:
         show(tables)
 
 
 def as_dict(table: "Table") -> dict[str, Any]:
     """Return a table with one dictionary per row."""
-    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    rows = [dict(zip(table.columns, map(plain, row), strict=True)) for row in table.rows]
     return {"title": table.title, "note": table.note, "rows": rows}
+
+
+def plain(value: Any) -> Any:
+    """Return a number of NumPy as one of Python."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def show(tables: "tuple[Table, ...]") -> None:
@@ -58,10 +72,12 @@ def show(tables: "tuple[Table, ...]") -> None:
         console.print(table.title, style="bold", soft_wrap=True)
         grid = Table(box=None, header_style="dim", pad_edge=False)
         for at, column in enumerate(table.columns):
-            numbers = all(isinstance(row[at], int | float) for row in table.rows)
+            numbers = all(
+                isinstance(plain(row[at]), int | float) or row[at] == "" for row in table.rows
+            )
             grid.add_column(column, justify="right" if numbers else "left")
         for row in table.rows:
-            grid.add_row(*map(in_words, row))
+            grid.add_row(*(in_words(plain(cell)) for cell in row))
         console.print(grid)
         if table.note:
             console.print(table.note, soft_wrap=True)
