@@ -1,0 +1,86 @@
+"""A device without a GPU: memory of its own, a thread that computes, and copies at a stated rate.
+
+It is slow and honest: real GEMMs, real copies, real concurrency, on the host's own cores. What is
+measured on it is true of it, and every result says that it is emulated.
+"""
+
+import time
+from typing import Any, NamedTuple
+
+from moesim.errors import CalibrationError
+from moesim.real.lanes import Lane
+
+SPIN_NS = 200_000
+"""Sleeping overshoots by about a tenth of a millisecond; the rest is waited for in a loop."""
+
+
+class Throttle(NamedTuple):
+    """What a copy takes at least: `latency_ns` and its bytes over the rate."""
+
+    latency_ns: int
+    bytes_per_s: float
+
+    def ns(self, size_bytes: int) -> int:
+        """Return that time."""
+        return self.latency_ns + round(size_bytes * 1e9 / self.bytes_per_s)
+
+
+class Emulated:
+    """The device; `link` throttles copies in both directions, each on a lane of its own.
+
+    Raises CalibrationError when more is allocated than `memory_bytes`.
+    """
+
+    label = "emulated"
+
+    def __init__(
+        self, memory_bytes: int, link: Throttle, *, gpu_threads: int = 1, cpu_threads: int = 1
+    ) -> None:
+        """Take the memory and start the lanes."""
+        self.link = link
+        self.lanes = {
+            "gpu": Lane("gpu", gpu_threads),
+            "cpu": Lane("cpu", cpu_threads),
+            "h2d": Lane("h2d"),
+            "d2h": Lane("d2h"),
+        }
+        import torch
+
+        self._pool = torch.empty(memory_bytes, dtype=torch.uint8)
+        self._taken = 0
+
+    def empty(self, *shape: int, dtype: Any) -> Any:
+        """Return a tensor in device memory, aligned to 64 bytes."""
+        size_bytes = dtype.itemsize
+        for side in shape:
+            size_bytes *= side
+        start = -(-self._taken // 64) * 64
+        if start + size_bytes > len(self._pool):
+            raise CalibrationError(
+                f"{size_bytes} bytes do not fit into the {len(self._pool)} of the emulated device, "
+                f"of which {self._taken} are taken"
+            )
+        self._taken = start + size_bytes
+        return self._pool[start : start + size_bytes].view(dtype).view(*shape)
+
+    def free_all(self) -> None:
+        """Give back everything; tensors handed out before must not be used any more."""
+        self._taken = 0
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy between host and device memory, not faster than the link; runs on a lane."""
+        start = time.perf_counter_ns()
+        target.copy_(source)
+        wait_until(start + self.link.ns(source.numel() * source.element_size()))
+
+    def close(self) -> None:
+        """Finish what is queued."""
+        for lane in self.lanes.values():
+            lane.close()
+
+
+def wait_until(deadline_ns: int) -> None:
+    """Block until a moment of `time.perf_counter_ns`, to within a few microseconds."""
+    while (left := deadline_ns - time.perf_counter_ns()) > 0:
+        if left > SPIN_NS:
+            time.sleep((left - SPIN_NS) / 1e9)
