@@ -44,6 +44,8 @@ class Static(NamedTuple):
         file: str = "",
     ) -> "Static":
         """`file`, for order=list: JSON [[layer, expert], ...], or [layer, ...] by layer."""
+        if file and order != "list":
+            raise InputError(f"policy static: file={file} is read with order=list only")
         layers, experts = setting.layers, setting.experts
         if order == "list":
             pairs = read_list(file, by, (layers, experts))

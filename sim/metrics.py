@@ -41,7 +41,12 @@ from moesim.types import (
 TIMES = (*KINDS[: RESIZE + 1], *(f"wait_{what}" for what in WAITS))
 """Keys of `time_ns`: what the GPU does, and what it waits for when it does nothing."""
 
+LITTLE = 0.1
+"""A share of the time that is not worth another policy."""
+
 WAITS_IN_WORDS = {
+    "wait_weights": "weights on the link",
+    "wait_cpu": "results of the CPU",
     "wait_host": "the host program",
     "wait_kv": "keys and values on the link",
     "wait_dense": "weights outside the experts on the link",
@@ -192,24 +197,34 @@ def identity(run: Replayed) -> dict[str, Any]:
 
 
 def explain(result: dict[str, Any]) -> str:
-    """Return one line that says where most of the time went, and what that points to."""
+    """Return one line that says where most of the time went, and what that points to.
+
+    If the GPU computes for longer than it waits for any one thing, its work is one thing, too.
+    """
     time_ns = result["time_ns"]
-    what, ns = max(time_ns.items(), key=lambda item: item[1])
+    waits = {name: ns for name, ns in time_ns.items() if name in WAITS_IN_WORDS}
+    work = {name: ns for name, ns in time_ns.items() if name not in WAITS_IN_WORDS}
+    worked_ns, waited_ns = sum(work.values()), sum(waits.values())
+    what = max(waits, key=lambda name: waits[name])
+    ns = max(worked_ns, waits[what])
     line = f"{ns / result['makespan_ns']:.0%} of the time the GPU "
+    if worked_ns >= waits[what]:
+        most = max(work, key=lambda name: work[name])
+        line += f"computes, most of it {most}; "
+        if waited_ns < LITTLE * result["makespan_ns"]:
+            return line + "little is left for a policy to gain"
+        return line + f"it waits most for {WAITS_IN_WORDS[what]}"
     lanes = {name: f"{share:.0%} busy" for name, share in result["lanes"].items()}
     copied = {cause: result["link_bytes"][cause] for cause in CAUSES[1:]}
     causes = ", ".join(f"{share:.0%} {name}" for name, share in shares(copied).items() if share)
+    line += f"waits for {WAITS_IN_WORDS[what]}"
     if what == "wait_weights":
-        line += f"waits for weights on the link, which is {lanes['h2d']} ({causes})"
+        line += f", which is {lanes['h2d']} ({causes})"
         wasted = result["prefetch"]["wasted_bytes"] / max(1, sum(copied.values()))
         if wasted > 0.1:
             line += f"; {wasted:.0%} of what is copied is never used"
     elif what == "wait_cpu":
-        line += f"waits for results of the CPU, which is {lanes['cpu']}"
-    elif what in WAITS_IN_WORDS:
-        line += f"waits for {WAITS_IN_WORDS[what]}"
-    else:
-        line += f"computes ({what}): little is left for a policy to gain"
+        line += f", which is {lanes['cpu']}"
     return line
 
 

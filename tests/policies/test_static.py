@@ -227,6 +227,11 @@ def test_experts_run_where_they_are_and_no_weights_move(
     assert used == {name for name, ran in (("resident", on_gpu), ("cpu", on_cpu)) if ran}
 
 
+def test_a_file_that_would_not_be_read_is_refused(make_setting: MakeSetting) -> None:
+    with pytest.raises(InputError, match=r"file=pairs.json is read with order=list only"):
+        choose("static:by=expert,file=pairs.json").make(make_setting(9, layers=LAYERS))
+
+
 def test_listed_experts_run_on_the_gpu(run: Run, tmp_path: Path) -> None:
     pairs = {(0, 1), (2, 3), (1, 7)}
     replayed = run(listed(tmp_path, "expert", sorted(pairs)), 24, batch=4)

@@ -270,17 +270,26 @@ def test_the_cpu_is_named_with_how_busy_it_is() -> None:
         ("wait_kv", "the GPU waits for keys and values on the link"),
         ("wait_dense", "the GPU waits for weights outside the experts on the link"),
         ("wait_disk", "the GPU waits for the disk"),
-        ("expert_gpu", "the GPU computes (expert_gpu): little is left for a policy to gain"),
-        ("attention", "the GPU computes (attention)"),
     ],
 )
 def test_every_other_cause_is_named(what: str, words: str) -> None:
     assert explain(result(**{what: 55})).startswith(f"55% of the time {words}")
 
 
+def test_work_counts_as_one_thing_against_each_wait() -> None:
+    """45 of attention and 15 of combining against 30 and 10 of waiting; then less than a tenth."""
+    assert explain(result(attention=45, wait_host=30, wait_cpu=10)) == (
+        "60% of the time the GPU computes, most of it attention; it waits most for the host program"
+    )
+    assert explain(result(expert_gpu=60, wait_cpu=9)) == (
+        "91% of the time the GPU computes, most of it expert_gpu; "
+        "little is left for a policy to gain"
+    )
+
+
 def test_every_cause_has_words() -> None:
     for what in TIMES:
-        assert f"({what})" in explain(result(**{what: 90})) or what.startswith("wait_")
+        assert f"most of it {what};" in explain(result(**{what: 90})) or what.startswith("wait_")
         assert "wait_" not in explain(result(**{what: 90}))
 
 
@@ -292,7 +301,7 @@ def test_explain_reads_a_real_result() -> None:
     assert "waits for weights on the link" in explain(weights)
     assert "(100% demand)" in explain(weights)
     assert "waits for results of the CPU" in explain(cpu)
-    assert "computes (attention)" in explain(compute)
+    assert "computes, most of it attention" in explain(compute)
 
 
 # The identity.
