@@ -13,7 +13,9 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 pytestmark = pytest.mark.skipif(not README.exists(), reason="needs the checkout, not a wheel")
 
-POLICIES = ("lru", "static:by=expert,order=popularity", "dali", "static")
+POLICIES = (
+    "hybrimoe", "moepic", "lru", "static:by=expert,order=popularity", "dali", "static",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
