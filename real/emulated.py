@@ -32,12 +32,14 @@ class Emulated:
     """
 
     label = "emulated"
+    name = "host processor as a device"
 
     def __init__(
         self, memory_bytes: int, link: Throttle, *, gpu_threads: int = 1, cpu_threads: int = 1
     ) -> None:
         """Take the memory and start the lanes."""
         self.link = link
+        self.memory_bytes = memory_bytes
         self.lanes = {
             "gpu": Lane("gpu", gpu_threads),
             "cpu": Lane("cpu", cpu_threads),
@@ -62,6 +64,12 @@ class Emulated:
             )
         self._taken = start + size_bytes
         return self._pool[start : start + size_bytes].view(dtype).view(*shape)
+
+    def host(self, *shape: int, dtype: Any, pinned: bool = True) -> Any:
+        """Return a tensor in host memory; pinning it would change nothing."""
+        import torch
+
+        return torch.empty(shape, dtype=dtype)
 
     def free_all(self) -> None:
         """Give back everything; tensors handed out before must not be used any more."""

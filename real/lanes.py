@@ -67,9 +67,25 @@ class Lane:
 
         If one of those failed it is not done, and fails with the same error.
         """
-        ticket = Ticket(self.name)
+        ticket = self.ticket()
         self._queue.put((ticket, work, after))
         return ticket
+
+    def ticket(self) -> Ticket:
+        """Return the ticket of an operation to be queued."""
+        return Ticket(self.name)
+
+    def do(self, ticket: Ticket, work: Work, after: Sequence[Ticket]) -> None:
+        """Do one operation, when those that it waits for are over."""
+        for other in after:
+            other.wait()
+        ticket.start_ns = time.perf_counter_ns()
+        work()
+        ticket.end_ns = time.perf_counter_ns()
+
+    def finish(self, ticket: Ticket) -> None:
+        """Let those go on that wait for an operation, whether it was done or failed."""
+        ticket.finish()
 
     def close(self) -> None:
         """Finish what is queued, and end the thread."""
@@ -93,15 +109,10 @@ class Lane:
         while (item := self._queue.get()) is not None:
             ticket, work, after = item
             try:
-                for other in after:
-                    other.wait()
-                ticket.start_ns = time.perf_counter_ns()
-                work()
+                self.do(ticket, work, after)
             except BaseException as error:
                 ticket.error = error
-            ticket.end_ns = time.perf_counter_ns()
-            ticket.start_ns = ticket.start_ns or ticket.end_ns
-            ticket.finish()
+            self.finish(ticket)
             del item, work, after  # what it holds may be large
 
 

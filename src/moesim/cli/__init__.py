@@ -11,8 +11,9 @@ from moesim.cli.common import LazyCommands
 COMMANDS = {
     "bound": "Say what no policy can beat with a budget, model and machine.",
     "cache": "Say how often caches of each rule and size hit, layer by layer.",
+    "calibrate": "Measure this machine, so that replays are about it.",
     "compile": "Compile the simulator and policies once, or clear what was compiled.",
-    "hardware": "List the machines that moesim knows, or show one.",
+    "hardware": "List the machines that moesim knows, show one, or compare two.",
     "models": "List the models that moesim knows, or show one.",
     "plan": "Show how a policy comes to the settings that it computes.",
     "policies": "List the policies, their parameters, defaults and sources.",

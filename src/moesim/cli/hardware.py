@@ -1,10 +1,11 @@
 """`moesim hardware`: what machines are known, and what an expert costs on one."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moesim.cli.common import Commands, print_json, setting_pairs
+from moesim.cli.common import Commands, check_output, print_json, setting_pairs
 
 if TYPE_CHECKING:
     from moesim.model import ModelSpec
@@ -58,8 +59,16 @@ def command(context: click.Context, as_json: bool) -> None:
     metavar="KEY=VALUE",
     help="Change one number of the profile.",
 )
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png",
+    help="Draw the times of an expert and of copies, too.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def show(name: str | None, model: str, settings: tuple[str, ...], as_json: bool) -> None:
+def show(
+    name: str | None, model: str, settings: tuple[str, ...], plot: Path | None, as_json: bool
+) -> None:
     """Show one machine: a name of the list, a YAML file, or by default this one."""
     from moesim.model import load_model
     from moesim.profile import load_profile, with_overrides
@@ -67,6 +76,12 @@ def show(name: str | None, model: str, settings: tuple[str, ...], as_json: bool)
     profile, notice = load_profile(name)
     profile = with_overrides(profile, setting_pairs(settings))
     spec = load_model(model)
+    if plot is not None:
+        from moesim.calibrate.plots import draw_profile
+
+        check_output(plot)
+        draw_profile(profile, spec, plot)
+        click.echo(f"{plot}: one expert of {spec.name}, and copies", err=True)
     if notice:
         click.echo(notice, err=True)
     times = _times(spec, profile)
@@ -119,6 +134,124 @@ def show(name: str | None, model: str, settings: tuple[str, ...], as_json: bool)
         origin = getattr(profile.provenance, section)
         table.add_row(section, origin.source, origin.note)
     console.print(table)
+
+
+@command.command()
+@click.argument("first")
+@click.argument("second")
+@click.option("--model", default="qwen3-30b-a3b", show_default=True, help="Model for the times.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(first: str, second: str, model: str, as_json: bool) -> None:
+    """Compare two machines, number by number; the ratio is the second by the first."""
+    from moesim.model import load_model
+    from moesim.profile import load_profile
+
+    one, other = load_profile(first)[0], load_profile(second)[0]
+    spec = load_model(model)
+    rows = _pairs(_numbers(one), _numbers(other)) + _pairs(
+        _expert_numbers(spec, one), _expert_numbers(spec, other)
+    )
+    if as_json:
+        print_json(
+            {
+                "first": _summary(one),
+                "second": _summary(other),
+                "model": spec.name,
+                "numbers": rows,
+            }
+        )
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("")
+    for title in (one.name, other.name, "ratio"):
+        table.add_column(title, justify="right")
+    section = ""
+    for row in rows:
+        if (part := row["key"].partition(".")[0]) != section:
+            section = part
+            sources = [
+                getattr(getattr(p.provenance, part, None), "source", "") for p in (one, other)
+            ]
+            title = f"one expert of {spec.name}" if part == "expert" else part
+            table.add_row(f"[bold]{title}[/bold]", *(f"[dim]{text}[/dim]" for text in sources), "")
+        name, unit, scale = _readable(row["key"].partition(".")[2])
+        shown = ["-" if row[k] is None else f"{row[k] / scale:.4g}" for k in ("first", "second")]
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
+        table.add_row(f"  {name}{', ' if unit else ''}{unit}", *shown, ratio)
+    Console().print(table)
+
+
+def _numbers(profile: "HardwareProfile") -> dict[str, float]:
+    """Return the numbers of a profile's sections by dotted path; tables and provenance aside."""
+    import msgspec
+
+    found: dict[str, float] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, dict):
+            for key, below in value.items():
+                walk(below, f"{path}.{key}" if path else key)
+        elif isinstance(value, int | float):
+            found[path] = value
+
+    plain = msgspec.to_builtins(profile)
+    for section in ("gpu", "cpu", "link", "disk", "host"):
+        walk(plain[section], section)
+    for entry in profile.interference:
+        for lane, factor in entry.slow.items():
+            found[f"interference.{'+'.join(sorted(entry.busy))}: {lane} x"] = factor
+    return found
+
+
+def _expert_numbers(spec: "ModelSpec", profile: "HardwareProfile") -> dict[str, float]:
+    from moesim.costs import build_costs, copy_ns
+    from moesim.types import H2D
+
+    costs = build_costs(spec, profile, 256, 1)
+    found = {"expert.copy_ns": float(copy_ns(costs, H2D, int(costs.expert_bytes[0, 0])))}
+    for name, ns in (("gpu", costs.expert_gpu_ns), ("cpu", costs.expert_cpu_ns)):
+        for tokens in (1, 16, 256):
+            found[f"expert.{name}_{tokens}_tokens_ns"] = float(ns[0, tokens])
+    return found
+
+
+def _pairs(first: dict[str, float], second: dict[str, float]) -> list[dict[str, Any]]:
+    """Return both numbers of every key that either has, sections kept together."""
+    keys = list(first)
+    for key in second:
+        if key not in first:
+            same = [i for i, k in enumerate(keys) if k.partition(".")[0] == key.partition(".")[0]]
+            keys.insert(same[-1] + 1 if same else len(keys), key)
+    return [
+        {
+            "key": key,
+            "first": (a := first.get(key)),
+            "second": (b := second.get(key)),
+            "ratio": b / a if a and b is not None else None,
+        }
+        for key in keys
+    ]
+
+
+def _readable(key: str) -> tuple[str, str, float]:
+    """Return a number's name without its unit, a unit for people, and what to divide by."""
+    if "_ns_by_policy." in key:
+        return key.replace("_ns_by_policy.", " "), "µs", 1e3
+    for suffix, unit, scale in (
+        ("bytes_per_s", "GB/s", 1e9),
+        ("flops_per_s", "TFLOPS", 1e12),
+        ("chunk_bytes", "MiB", 2.0**20),
+        ("_bytes", "GiB", 2.0**30),
+        ("_ns", "µs", 1e3),
+    ):
+        if key.endswith(suffix):
+            kept = "chunk" if suffix == "chunk_bytes" else ""
+            name = key.removesuffix(suffix).rstrip("_.") + kept
+            return name.replace("_", " ").replace(".", " ") or "rate", unit, scale
+    return key.replace("_", " ").replace(".", " "), "", 1.0
 
 
 def _sections(profile: "HardwareProfile") -> dict[str, str]:

@@ -1,0 +1,196 @@
+"""Sequential reads of a file past the page cache.
+
+The file is made for the purpose, has no name any more once it is open, and so disappears with the
+process however that ends. A virtual machine's host may have a cache of its own, which nothing here
+can pass by; the facts say so.
+"""
+
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moesim.calibrate.memory import is_virtual
+from moesim.calibrate.series import Bench, Series, Task, point
+from moesim.calibrate.timing import measure
+from moesim.errors import CalibrationError
+from moesim.real.lanes import Lane
+
+FILE_BYTES = 1 << 30
+QUICK_FILE_BYTES = 128 << 20
+SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
+HELD_OUT = (512 << 10, 8 << 20)
+SPARE = 2
+"""Free space must be so many times what is written: filling a disk would harm others."""
+IN_MEMORY = ("tmpfs", "ramfs")
+
+
+class Opened(NamedTuple):
+    """A file to read."""
+
+    handle: int
+    size_bytes: int
+    way: str
+    """`O_DIRECT`, or `posix_fadvise` where the file system has no such thing."""
+
+
+def file_system(folder: Path, table: str | None = None) -> str:
+    """Return the kind of file system that a folder is on, empty where it is not told.
+
+    `table` has the form of /proc/mounts.
+    """
+    if table is None:
+        try:
+            table = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+    found = Path(), ""
+    for line in table.splitlines():
+        fields = line.split()
+        if len(fields) < 3:
+            continue
+        mount = Path(fields[1].replace("\\040", " "))
+        if folder.resolve().is_relative_to(mount) and len(mount.parts) >= len(found[0].parts):
+            found = mount, fields[2]
+    return found[1]
+
+
+def usual_folder(candidates: Sequence[str] = ("/var/tmp",)) -> Path:
+    """Return where large temporary files go: /tmp is in memory on many systems."""
+    for name in candidates:
+        folder = Path(name)
+        if os.access(folder, os.W_OK) and file_system(folder) not in IN_MEMORY:
+            return folder
+    return Path(tempfile.gettempdir())
+
+
+def check_folder(folder: Path, size_bytes: int) -> None:
+    """Raise CalibrationError where a file of this size cannot be made or is not on a disk."""
+    if not folder.is_dir():
+        raise CalibrationError(f"disk: {folder} is no folder")
+    kind = file_system(folder)
+    if kind in IN_MEMORY:
+        raise CalibrationError(f"disk: {folder} is in memory ({kind}); a folder on a disk is legal")
+    if not hasattr(os, "posix_fadvise"):
+        raise CalibrationError("disk: this system has no way past its page cache; Linux has")
+    free = shutil.disk_usage(folder).free
+    if free < SPARE * size_bytes:
+        raise CalibrationError(
+            f"disk: {folder} has {free} bytes free; {SPARE * size_bytes} are needed to read a file "
+            f"of {size_bytes}"
+        )
+
+
+@contextmanager
+def temporary_file(folder: Path, size_bytes: int) -> Iterator[Opened]:
+    """Give a file of random bytes that is on the disk and in no cache of this system.
+
+    Raises CalibrationError if it cannot be written.
+    """
+    check_folder(folder, size_bytes)
+    handles: list[int] = []
+    try:
+        handle, name = tempfile.mkstemp(prefix="moesim-disk-", dir=folder)
+        handles.append(handle)
+        way = "O_DIRECT"
+        try:
+            with suppress(OSError):
+                handles.append(os.open(name, os.O_RDONLY | os.O_DIRECT))
+        finally:
+            os.unlink(name)
+        if len(handles) == 1:
+            way = "posix_fadvise"
+        fill(handle, size_bytes)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        yield Opened(handles[-1], size_bytes, way)
+    except OSError as error:
+        raise CalibrationError(f"disk: a file in {folder}: {error.strerror}") from None
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
+def fill(handle: int, size_bytes: int) -> None:
+    """Write random bytes, which no disk compresses."""
+    rng = np.random.default_rng(0)
+    left = size_bytes
+    while left > 0:
+        block = memoryview(rng.bytes(min(left, 4 << 20)))
+        while block:
+            done = os.write(handle, block)
+            block, left = block[done:], left - done
+
+
+def reader(file: Opened, size_bytes: int, lane: Lane) -> Callable[[], int]:
+    """Return an operation that reads the file's next stretch on a lane, and how long it took.
+
+    At the end it begins anew. Without O_DIRECT the stretch is dropped from the page cache before.
+    """
+    buffer = mmap.mmap(-1, size_bytes)
+    buffer.write(bytes(size_bytes))
+    starts = range(0, file.size_bytes - size_bytes + 1, size_bytes)
+    position = -1
+
+    def read(start: int) -> None:
+        got = os.preadv(file.handle, [buffer], start)
+        if got != size_bytes:
+            raise CalibrationError(f"disk: {got} bytes were read instead of {size_bytes}")
+
+    def once() -> int:
+        nonlocal position
+        position = (position + 1) % len(starts)
+        start = starts[position]
+        if file.way != "O_DIRECT":
+            os.posix_fadvise(file.handle, start, size_bytes, os.POSIX_FADV_DONTNEED)
+        return lane.submit(partial(read, start)).wait().ns
+
+    return once
+
+
+def disk_series(bench: Bench, folder: Path | None = None, size_bytes: int = 0) -> Series:
+    """Return the times of reads by bytes, of a file in a folder, `usual_folder` if None.
+
+    `size_bytes` is the file's, 0 being 1 GiB, or 128 MiB if it is to be quick. The lane `disk` is
+    made for it where the device has none.
+    """
+    where = usual_folder() if folder is None else folder
+    size_bytes = size_bytes or (QUICK_FILE_BYTES if bench.quick else FILE_BYTES)
+    own = None if "disk" in bench.device.lanes else Lane("disk")
+    lane = own or bench.device.lanes["disk"]
+    points = []
+    try:
+        with temporary_file(where, size_bytes) as file:
+            for size in sorted(SIZES + HELD_OUT):
+                if size <= file.size_bytes:
+                    timed = measure(reader(file, size, lane), bench.limits)
+                    points.append(point(size, timed, held_out=size in HELD_OUT))
+    finally:
+        if own is not None:
+            own.close()
+    return Series(
+        name="disk/read",
+        unit="bytes",
+        points=tuple(points),
+        facts={
+            "past_page_cache_by": file.way,
+            "file_bytes": size_bytes,
+            "file_system": file_system(where),
+            "virtual": "the host of this virtual machine may have it in memory"
+            if is_virtual()
+            else "no",
+        },
+    )
+
+
+def tasks(bench: Bench, folder: Path | None = None) -> list[Task]:
+    """Return what is to be measured; `folder` is where the temporary file goes."""
+    seconds = bench.limits.seconds * len(SIZES + HELD_OUT) + (1 if bench.quick else 8)
+    return [Task("disk/read", seconds, partial(disk_series, folder=folder))]

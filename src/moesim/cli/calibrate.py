@@ -1,0 +1,230 @@
+"""`moesim calibrate`: measure this machine, and write the profile that replays then use."""
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moesim.cli.common import check_output, check_regular
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moesim.calibrate.assembly import Assembled, Finding
+    from moesim.calibrate.calibration import Calibration
+
+DEFAULT_MODEL = "qwen3-30b-a3b"
+HEADINGS = {
+    "roofline": "without a table: simulated, off at any point",
+    "interference": "speed while all are busy",
+}
+
+
+@click.command()
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="MODEL",
+    help=f"Measure the experts of this model, too; may be repeated.  [default: {DEFAULT_MODEL}]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(("cuda", "cpu", "emulated")),
+    help="What computes: a GPU, this processor alone, or this processor in the place of a GPU."
+    "  [default: cuda if there is one, else cpu]",
+)
+@click.option("--quick", is_flag=True, help="Fewer points and repetitions: a first impression.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Where the profile goes.  [default: this machine's own, which `moesim replay` uses]",
+)
+@click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
+@click.option(
+    "--base",
+    metavar="HARDWARE",
+    help="Where numbers come from that are not measured: a name or a YAML file.",
+)
+def command(
+    models: tuple[str, ...], device: str | None, quick: bool, output: Path | None, fresh: bool,
+    base: str | None,
+) -> None:  # fmt: skip
+    """Measure what this machine's processor, memory, link and device really do.
+
+    Every series that is done is kept: interrupted or repeated, the command measures only what is
+    missing. Let nothing else run meanwhile. Needs moesim[torch].
+    """
+    from rich.console import Console
+
+    from moesim.calibrate.assembly import assemble, profile_text
+    from moesim.calibrate.calibration import count_kept, run_tasks, write_text
+    from moesim.calibrate.tasks import open_bench, tasks_of
+    from moesim.cli import fail
+    from moesim.errors import CalibrationError
+    from moesim.model import load_model
+    from moesim.profile import DEFAULT_PRESET, load_profile, user_profile_path
+
+    path = user_profile_path() if output is None else output
+    if output is None:
+        check_regular(path)
+    else:
+        check_output(path)
+        if path.suffix not in (".yaml", ".yml"):
+            raise CalibrationError(f"--output {path}: a profile's name ends in .yaml or .yml")
+    specs = [load_model(name) for name in dict.fromkeys(models or (DEFAULT_MODEL,))]
+    rest = load_profile(base or DEFAULT_PRESET)[0]
+
+    bench = open_bench(device, quick=quick)
+    try:
+        tasks = tasks_of(bench, specs)
+        try:
+            with Bar(Console(stderr=True), len(tasks)) as bar:
+                found = run_tasks(tasks, bench, fresh=fresh, progress=bar.show)
+        except KeyboardInterrupt:
+            kept = count_kept(tasks, bench)
+            fail(
+                f"interrupted; {kept} of {len(tasks)} series are kept, "
+                "and the same command goes on from there" + (" without --fresh" if fresh else ""),
+                130,
+            )
+    finally:
+        bench.device.close()
+    made = assemble(found, specs, rest)
+    write_text(path, profile_text(made.profile))
+    show(Console(highlight=False), found, made)
+    click.echo(
+        f"Wrote {path}; `moesim replay` on this machine now uses it"
+        if path == user_profile_path()
+        else f"Wrote {path}; `moesim replay --hardware {path}` uses it"
+    )
+
+
+class Bar:
+    """A bar with the time left on a terminal; elsewhere one line at the beginning."""
+
+    def __init__(self, console: "Console", total: int) -> None:
+        """Show nothing yet."""
+        from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+        from rich.text import Text
+
+        class Left(ProgressColumn):
+            def render(self, task: Any) -> Text:
+                left = max(0.0, task.fields["until"] - time.monotonic())
+                return Text(f"about {in_words(left)} left")
+
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.completed} of {task.total}"),
+            BarColumn(),
+            Left(),
+            TextColumn("{task.description}", style="dim", markup=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=total, until=0.0)
+
+    def __enter__(self) -> "Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, done: int, total: int, left_s: float, name: str) -> None:
+        """Say how far the calibration is."""
+        if not self.console.is_terminal and done == 0 and left_s > 0:
+            click.echo(f"measuring {total} series, about {in_words(left_s)}", err=True)
+        self.progress.update(
+            self.task, completed=done, description=name, until=time.monotonic() + left_s
+        )
+
+
+def in_words(seconds: float) -> str:
+    """Return a time as one says it."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def show(console: "Console", found: "Calibration", made: "Assembled") -> None:
+    """Print what was measured, how well, and what was not."""
+    from rich.table import Table
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    say(f"{made.profile.name}: {made.profile.description}")
+    reused = [outcome.kept.date for outcome in found.outcomes if outcome.kept and outcome.reused]
+    seconds = sum(o.kept.seconds for o in found.outcomes if o.kept and not o.reused)
+    new = sum(o.kept is not None and not o.reused for o in found.outcomes)
+    say(
+        f"{new} series measured in {in_words(seconds)}"
+        + (
+            f", {len(reused)} kept from {min(reused)} (--fresh measures them again)"
+            if reused
+            else ""
+        )
+    )
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("")
+    for title in ("measured", "spread", "off by,\nheld out", "points"):
+        table.add_column(title, justify="right", no_wrap=True)
+    section = ""
+    for finding, value in together(made.findings):
+        if finding.section != section:
+            section = finding.section
+            table.add_row(f"[bold]{HEADINGS.get(section, section)}[/bold]")
+        table.add_row(
+            f"  {finding.what}",
+            value,
+            "" if finding.spread is None else f"{100 * finding.spread:.1f} %",
+            "" if finding.error is None else f"{100 * finding.error:.1f} %",
+            str(finding.points) if finding.points else "",
+        )
+    console.print()
+    console.print(table)
+    console.print()
+    for line in made.misses:
+        say(f"misses: {line}")
+    for outcome in found.outcomes:
+        if outcome.error:
+            say(f"failed: {outcome.task}: {outcome.error}")
+    for line in made.notices:
+        say(f"note: {line}")
+    for line in made.absent:
+        say(f"not measured: {line}")
+
+
+def together(findings: Sequence["Finding"]) -> Iterator[tuple["Finding", str]]:
+    """Give what makes a row each, and its value: the lanes that slow each other down make one."""
+    for key, group in itertools.groupby(
+        findings,
+        lambda f: (f.section, f.what.partition(":")[0] if f.unit == "factor" else f.what),
+    ):
+        own = list(group)
+        spreads = [finding.spread for finding in own if finding.spread is not None]
+        yield (
+            own[0]._replace(what=key[1], spread=max(spreads, default=None)),
+            ", ".join(map(in_units, own)),
+        )
+
+
+def in_units(finding: "Finding") -> str:
+    """Return a number with the unit that people use for it."""
+    value = finding.value
+    if finding.unit == "ns":
+        for scale, unit in ((1e9, "s"), (1e6, "ms"), (1e3, "µs")):
+            if value >= scale:
+                return f"{value / scale:.3g} {unit}"
+        return f"{value:.0f} ns"
+    if finding.unit == "bytes":
+        return f"{value / 2**20:.4g} MiB"
+    if finding.unit == "factor":
+        return f"{value:.3f}"
+    if finding.unit == "flops_per_s":
+        return f"{value / 1e12:.3g} TFLOPS" if value >= 1e11 else f"{value / 1e9:.3g} GFLOPS"
+    return f"{value / 1e9:.3g} GB/s"

@@ -1,0 +1,261 @@
+"""A machine that is known exactly comes out of its series; the rest stays another machine's."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from measured import (
+    CPU_BYTES_PER_NS,
+    CPU_FLOPS_PER_NS,
+    EXPERTS,
+    GPU_BYTES_PER_NS,
+    GPU_FLOPS_PER_NS,
+    HIDDEN,
+    LAUNCH_NS,
+    LINK_BYTES_PER_NS,
+    TOKENS,
+    TOP_K,
+    WIDTH,
+    expert,
+    expert_ns,
+    fake_bench,
+    machine,
+    made,
+    tasks,
+)
+from moesim.calibrate.assembly import Assembled, assemble, profile_text
+from moesim.calibrate.calibration import Calibration, run_tasks
+from moesim.calibrate.facts import Facts
+from moesim.calibrate.series import Series, Task
+from moesim.costs import build_costs
+from moesim.errors import CalibrationError
+from moesim.model import GroupedQuery, ModelSpec
+from moesim.profile import load_profile, parse_profile, user_profile_path
+from moesim.types import EXTRAPOLATED, INTERPOLATED, MEASURED
+
+BASE = load_profile("rtx4090-pcie4-ddr5")[0]
+MODEL = ModelSpec(
+    name="small", model_type="mixtral", hidden_layers=1, layer_ids=(0,), experts=EXPERTS,
+    top_k=TOP_K, hidden=HIDDEN, expert_width=WIDTH, shared_width=0, dense_width=0, vocab=1000,
+    attention=GroupedQuery(heads=4, kv_heads=4, head_dim=64),
+)  # fmt: skip
+
+
+def calibrated(
+    found: Iterable[Series], folder: Path, label: str = "emulated", load: float = 0.0
+) -> Calibration:
+    bench = fake_bench(label)
+    made = run_tasks(tasks(found), bench, folder=folder)
+    bench.device.close()
+    facts = Facts(cpu="Abacus 2 @ 1 Hz", threads=4, memory_bytes=1 << 34, load=load)
+    return made._replace(before=facts, after=facts)
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Assembled:
+    return assemble(calibrated(machine(), tmp_path), [MODEL], BASE)
+
+
+def test_the_rates_are_those_of_the_machine(whole: Assembled) -> None:
+    gpu, cpu = whole.profile.gpu, whole.profile.cpu
+    assert gpu.launch_ns == pytest.approx(LAUNCH_NS, abs=2)
+    assert gpu.memory_bytes_per_s == pytest.approx(1e9 * GPU_BYTES_PER_NS, rel=1e-3)
+    assert gpu.flops_per_s == pytest.approx(1e9 * GPU_FLOPS_PER_NS, rel=1e-3)
+    assert gpu.kernels.gate == 4
+    assert gpu.kernels.head == BASE.gpu.kernels.head
+    assert gpu.memory_bytes == 1 << 30
+    assert cpu.flops_per_s == pytest.approx(1e9 * CPU_FLOPS_PER_NS, rel=1e-3)
+    assert cpu.memory_bytes_per_s == pytest.approx(40e9)
+    assert (cpu.name, cpu.threads, cpu.memory_bytes) == ("Abacus 2 @ 1 Hz", 3, 1 << 34)
+    link = whole.profile.link
+    assert link.h2d.bytes_per_s == pytest.approx(1e9 * LINK_BYTES_PER_NS, rel=1e-3)
+    assert link.d2h.latency_ns == pytest.approx(20_000, abs=20)
+    assert link.h2d_pageable is None
+    assert link.chunk_bytes == 1 << 20  # 3.6 % slower than the whole; 256 KiB are 15 %
+    assert whole.profile.disk.bytes_per_s == pytest.approx(1e9, rel=1e-3)
+
+
+def test_one_size_of_expert_does_not_tell_its_fixed_time(whole: Assembled) -> None:
+    """On the CPU 39,321.6 ns of reading and 5,000 of handing over are 44,321.6 of reading."""
+    assert whole.profile.cpu.overhead_ns == 0
+    assert whole.profile.cpu.expert_bytes_per_s == pytest.approx(786_432 / 44_321.6e-9, rel=1e-3)
+    assert "fixed time is in the rate" in whole.profile.provenance.cpu.note
+
+
+def test_two_sizes_of_expert_tell_the_fixed_time(tmp_path: Path) -> None:
+    found = [*machine(), expert("cpu", 4 * WIDTH)]
+    cpu = assemble(calibrated(found, tmp_path), [MODEL], BASE).profile.cpu
+    assert cpu.overhead_ns == pytest.approx(5_000, rel=0.01)
+    assert cpu.expert_bytes_per_s == pytest.approx(1e9 * CPU_BYTES_PER_NS, rel=0.01)
+
+
+def test_what_was_measured_is_what_is_simulated(whole: Assembled) -> None:
+    costs = build_costs(MODEL, whole.profile, 1024, 1)
+    at = [int(n) for n in TOKENS]
+    for lane, table in (("gpu", costs.expert_gpu_ns), ("cpu", costs.expert_cpu_ns)):
+        truth = [expert_ns(lane, WIDTH)(n) for n in TOKENS]
+        assert table[0, at] == pytest.approx(np.ceil(truth), abs=1)
+    assert (costs.expert_gpu_source[0, at] == MEASURED).all()
+    assert costs.expert_gpu_source[0, 512] == INTERPOLATED  # held out
+    assert costs.expert_gpu_source[1, 1] == EXTRAPOLATED
+    assert costs.attention_ns[64] == pytest.approx(50_000 + 100 * 64, rel=0.01)
+    assert costs.context_fp / 2**20 == pytest.approx([0.5, 2.0], rel=0.01)
+    assert costs.gate_ns[1] == pytest.approx(40_164, abs=5)
+
+
+def test_the_host_and_interference_by_hand(whole: Assembled) -> None:
+    host = whole.profile.host
+    assert (host.per_layer_ns, host.per_launch_ns, host.per_sync_ns) == (1_000, 5_000, 4_000)
+    assert host.decision_ns_by_policy == pytest.approx({"dali": 7_000, "lru": 5_000}, rel=0.011)
+    assert host.decision_ns == pytest.approx(6_000, rel=0.011)
+    assert [entry.busy for entry in whole.profile.interference] == [("gpu", "cpu"), ("cpu", "h2d")]
+    assert all(set(entry.slow.values()) == {0.8} for entry in whole.profile.interference)
+
+
+def test_every_section_says_where_it_is_from(whole: Assembled) -> None:
+    for section in whole.profile.provenance.__struct_fields__:
+        origin = getattr(whole.profile.provenance, section)
+        assert origin.source == "measured", section
+        assert origin.script == "moesim calibrate"
+        assert origin.date
+        assert origin.versions.keys() >= {"moesim", "torch", "python"}
+        assert origin.repetitions == 7
+        assert origin.spread_pct == 1.0
+        assert "medians up to 1.0 % above" in origin.note
+    assert "at points held out" in whole.profile.provenance.gpu.note
+    assert not whole.absent
+
+
+def test_an_emulated_device_is_called_that_wherever_it_is_named(whole: Assembled) -> None:
+    profile = whole.profile
+    assert profile.name == "emulated-abacus-2"
+    assert profile.description.startswith("EMULATED device")
+    assert profile.gpu.name == "abacus (emulated)"
+    assert profile.provenance.gpu.note.startswith("emulated device, no GPU")
+    assert any("nothing is said about any GPU" in notice for notice in whole.notices)
+
+
+def test_the_profile_reads_back_as_it_was_written(whole: Assembled) -> None:
+    assert parse_profile(profile_text(whole.profile), "it") == whole.profile
+
+
+def test_without_a_device_gpu_and_link_stay_those_of_the_other_machine(tmp_path: Path) -> None:
+    found = [s for s in machine() if s.name in ("memory/host/read", "disk/read")]
+    made = assemble(calibrated([*found, expert("cpu")], tmp_path, "cpu"), [MODEL], BASE)
+    profile = made.profile
+    assert (profile.gpu, profile.link) == (BASE.gpu, BASE.link)
+    assert profile.provenance.gpu.source == "datasheet"
+    assert profile.provenance.gpu.note.startswith("not measured here; from rtx4090-pcie4-ddr5: ")
+    assert profile.provenance.cpu.source == profile.provenance.disk.source == "measured"
+    assert profile.name == "abacus-2-with-rtx4090-pcie4-ddr5"
+    assert [line.split(",")[0] for line in made.absent] == ["gpu", "link", "host", "interference"]
+    assert parse_profile(profile_text(profile), "it") == profile
+
+
+def test_nothing_measured_is_no_profile(tmp_path: Path) -> None:
+    def fail(_: object) -> Series:
+        raise CalibrationError("no room")
+
+    bench = fake_bench()
+    found = run_tasks([Task("expert/cpu/1x1/16", 1.0, fail)], bench, folder=tmp_path)
+    bench.device.close()
+    with pytest.raises(CalibrationError, match="nothing was measured; expert/cpu/1x1/16: no room"):
+        assemble(found, [MODEL], BASE)
+
+
+def test_copies_faster_than_memory_are_not_believed(tmp_path: Path) -> None:
+    fast = made("copy/h2d/pinned/queued", "bytes", lambda size: 1 + size / 500, [1e4, 1e6, 1e7])
+    found = [fast if s.name == fast.name else s for s in machine()]
+    made_of = assemble(calibrated(found, tmp_path), [MODEL], BASE)
+    assert made_of.profile.link == BASE.link
+    assert made_of.profile.provenance.link.source == "datasheet"
+    assert any("cannot be true" in notice for notice in made_of.notices)
+
+
+def test_copies_faster_than_their_throttle_are_not_believed(tmp_path: Path) -> None:
+    found = calibrated(machine(), tmp_path)
+
+    def stated(bytes_per_s: float) -> Assembled:
+        link = {"latency_ns": 20_000, "bytes_per_s": bytes_per_s}
+        return assemble(found._replace(device={**found.device, "link": link}), [MODEL], BASE)
+
+    assert stated(2e9).profile.provenance.link.source == "measured"
+    assert "a link stated as 20000 ns and 2e+09 bytes/s" in stated(2e9).profile.description
+    faster = stated(1.9e9)
+    assert faster.profile.link == BASE.link
+    assert any("throttled to" in notice for notice in faster.notices)
+
+
+def test_experts_faster_than_their_weights_are_read_are_not_believed(tmp_path: Path) -> None:
+    fast = expert("cpu")
+    points = tuple(msgspec.structs.replace(p, ns=p.ns / 10) for p in fast.points)
+    found = [
+        msgspec.structs.replace(fast, points=points) if s.name == fast.name else s
+        for s in machine()
+    ]
+    made_of = assemble(calibrated(found, tmp_path), [MODEL], BASE)
+    assert made_of.profile.tables.expert_cpu == ()
+    assert made_of.profile.cpu == BASE.cpu
+    assert any("expert/cpu/512x256/16 is not used" in notice for notice in made_of.notices)
+    assert any("no table of its experts on the CPU" in notice for notice in made_of.notices)
+
+
+def test_a_fit_that_misses_is_said_and_the_points_are_used(tmp_path: Path) -> None:
+    """A step at 30 tokens: no floor and line fit it, the points do at least there."""
+    own = expert("gpu")
+    points = tuple(
+        msgspec.structs.replace(p, ns=p.ns * (3.0 if p.at > 30 else 1.0)) for p in own.points
+    )
+    stepped = msgspec.structs.replace(own, points=points)
+    found = [stepped if s.name == own.name else s for s in machine()]
+    made_of = assemble(calibrated(found, tmp_path), [MODEL], BASE)
+    assert any(
+        line.startswith("expert/gpu/512x256/16: max(floor, a + b n)") for line in made_of.misses
+    )
+    (table,) = made_of.profile.tables.expert_gpu
+    assert table.points == tuple((int(p.at), p.ns) for p in points if not p.held_out)
+
+
+def test_numbers_that_no_profile_may_have_are_not_used(tmp_path: Path) -> None:
+    """A device of 0 bytes; its experts were seen nevertheless."""
+    made_of = assemble(calibrated(machine(), tmp_path, "cpu"), [MODEL], BASE)
+    assert made_of.profile.gpu == BASE.gpu
+    assert any(notice.startswith("gpu is not used: Expected `int`") for notice in made_of.notices)
+    assert parse_profile(profile_text(made_of.profile), "it") == made_of.profile
+
+
+def test_a_busy_machine_is_noticed(tmp_path: Path) -> None:
+    quiet = assemble(calibrated(machine(), tmp_path, load=0.5), [MODEL], BASE)
+    busy = assemble(calibrated(machine(), tmp_path, load=3.0), [MODEL], BASE)
+    assert not any("busy" in notice for notice in quiet.notices)
+    assert any("busy (load 3.0 on 4 threads" in notice for notice in busy.notices)
+    assert "Load average 3.0 before" in busy.profile.description
+
+
+def test_a_model_without_experts_measured_is_noticed(tmp_path: Path) -> None:
+    other = msgspec.structs.replace(MODEL, name="other", expert_width=99)
+    made_of = assemble(calibrated(machine(), tmp_path), [MODEL, other], BASE)
+    assert [n for n in made_of.notices if "no table" in n] == [
+        "other: there is no table of its experts on the CPU"
+    ]
+
+
+def test_what_a_roofline_stands_for_is_compared_with_it(whole: Assembled) -> None:
+    """Four launches and the router's roofline: simulated as it is, however many tokens."""
+    errors = {f.what: f.error for f in whole.findings if f.section == "roofline"}
+    assert errors[f"gate {HIDDEN}x{EXPERTS}, 1 token"] == pytest.approx(0, abs=0.01)
+    assert not any(line.startswith("gate") for line in whole.misses)
+
+
+def test_the_profile_is_the_one_that_replays_use(
+    whole: Assembled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    user_profile_path().parent.mkdir()
+    user_profile_path().write_text(profile_text(whole.profile))
+    found, notice = load_profile(None)
+    assert found == whole.profile
+    assert "this machine's profile" in notice

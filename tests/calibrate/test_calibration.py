@@ -1,0 +1,215 @@
+"""A calibration keeps what it has measured, goes on after anything, and says what it became."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from moesim.calibrate.calibration import (
+    Outcome,
+    count_kept,
+    digest,
+    explained,
+    run_tasks,
+    state_folder,
+)
+from moesim.calibrate.facts import Facts, machine_facts
+from moesim.calibrate.series import Bench, Point, Series, Task
+from moesim.calibrate.tasks import tasks_of
+from moesim.calibrate.timing import Limits
+from moesim.errors import CalibrationError
+from moesim.model import load_model
+from moesim.real.devices import open_device
+
+
+class Nothing:
+    """A device that is none: tasks of these tests measure nothing on it."""
+
+    label = "cpu"
+    name = "abacus"
+    memory_bytes = 0
+
+    def __init__(self) -> None:
+        self.lanes: dict[str, object] = {}
+        self.freed = 0
+
+    def free_all(self) -> None:
+        self.freed += 1
+
+
+def bench(**changes: object) -> Bench:
+    device = Nothing()
+    for name, value in changes.items():
+        setattr(device, name, value)
+    return Bench(device, Limits(), False)  # type: ignore[arg-type]
+
+
+def series(name: str, *ns: float) -> Series:
+    points = tuple(
+        Point(
+            at=2.0**i,
+            ns=value,
+            median_ns=value,
+            spread=0.0,
+            repetitions=7,
+            settled=True,
+            outliers=0,
+        )
+        for i, value in enumerate(ns or (1.0, 2.0))
+    )
+    return Series(name=name, unit="tokens", points=points)
+
+
+def counted(name: str, calls: list[str], error: BaseException | None = None) -> Task:
+    def run(_: Bench) -> Series:
+        calls.append(name)
+        if error is not None:
+            raise error
+        return series(name)
+
+    return Task(name, 2.0, run)
+
+
+def ticking(*moments: float) -> Callable[[], float]:
+    return iter(moments).__next__
+
+
+def test_a_repeated_calibration_measures_nothing_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+    tasks = [counted(name, calls) for name in ("copy/a", "expert/b")]
+    first = run_tasks(tasks, bench(), folder=tmp_path)
+    again = run_tasks(tasks, bench(), folder=tmp_path)
+    assert calls == ["copy/a", "expert/b"]
+    assert [outcome.reused for outcome in first.outcomes] == [False, False]
+    assert [outcome.reused for outcome in again.outcomes] == [True, True]
+    assert first.series == again.series
+    assert count_kept(tasks, bench(), tmp_path) == 2
+
+    run_tasks(tasks, bench(), folder=tmp_path, fresh=True)
+    assert calls == ["copy/a", "expert/b"] * 2
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path: Path) -> None:
+    calls: list[str] = []
+    first = counted("a", calls)
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks([first, counted("b", calls, KeyboardInterrupt())], bench(), folder=tmp_path)
+    assert count_kept([first, counted("b", calls)], bench(), tmp_path) == 1
+
+    found = run_tasks([first, counted("b", calls)], bench(), folder=tmp_path)
+    assert calls == ["a", "b", "b"]
+    assert [outcome.reused for outcome in found.outcomes] == [True, False]
+
+
+def test_a_task_that_fails_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+    error = CalibrationError("no room")
+    own = bench()
+    found = run_tasks([counted("a", calls, error), counted("b", calls)], own, folder=tmp_path)
+    assert found.outcomes[0] == Outcome("a", None, "no room", False)
+    assert [series.name for series in found.series] == ["b"]
+    assert own.device.freed == 2  # type: ignore[attr-defined]
+
+    found = run_tasks([counted("a", calls), counted("b", calls)], bench(), folder=tmp_path)
+    assert calls == ["a", "b", "a"]
+    assert [series.name for series in found.series] == ["a", "b"]
+
+
+def test_a_task_must_measure_what_it_says(tmp_path: Path) -> None:
+    found = run_tasks([Task("a", 1.0, lambda _: series("b"))], bench(), folder=tmp_path)
+    assert found.outcomes[0].error == "task a measured b"
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_are_one_line() -> None:
+    assert explained(CalibrationError("a\n b")) == "a b"
+    assert explained(RuntimeError("no\nkernel")) == "RuntimeError: no kernel"
+
+
+def test_progress_tells_the_seconds_left_at_the_pace_so_far(tmp_path: Path) -> None:
+    """Three tasks of 20 s, a tenth of which, 6 s, is believed anyway.
+
+    The first takes 60 s: (60 + 6) / (20 + 6) times the 40 s left. The second takes 6 s.
+    """
+    told: list[tuple[int, int, float, str]] = []
+    tasks = [counted(name, [])._replace(seconds=20.0) for name in "abc"]
+    clock = ticking(0, 60, 60, 60, 66, 66, 66, 67, 67)
+    run_tasks(
+        tasks, bench(), folder=tmp_path, clock=clock, progress=lambda *words: told.append(words)
+    )
+    assert [words[::3] for words in told] == [(0, "a"), (1, "b"), (2, "c"), (3, "")]
+    assert {words[1] for words in told} == {3}
+    left = [words[2] for words in told]
+    assert left == pytest.approx([60.0, 40 * 66 / 26, 20 * 72 / 46, 0.0])
+
+    told.clear()
+    run_tasks(tasks, bench(), folder=tmp_path, progress=lambda *words: told.append(words))
+    assert [words[2] for words in told] == [0.0] * 4
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"series": 1}', "\0" * 20])
+def test_what_is_kept_and_broken_is_measured_again(tmp_path: Path, text: str) -> None:
+    calls: list[str] = []
+    task = counted("a", calls)
+    run_tasks([task], bench(), folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(text)
+    run_tasks([task], bench(), folder=tmp_path)
+    assert calls == ["a", "a"]
+    assert json.loads(file.read_text())["series"]["name"] == "a"
+
+
+def test_what_is_kept_is_asked_for_by_everything_that_decides_it() -> None:
+    facts = Facts(cpu="abacus", threads=2, memory_bytes=1 << 30, load=0.0)
+    task = counted("a", [])
+    own = bench()
+    others = [
+        (counted("b", []), own, facts),
+        (task, bench(name="slide rule"), facts),
+        (task, bench(memory_bytes=1), facts),
+        (task, own._replace(limits=Limits(least=9)), facts),
+        (task, own._replace(quick=True), facts),
+        (task, own, msgspec.structs.replace(facts, cpu="slide rule")),
+        (task, own, msgspec.structs.replace(facts, threads=4)),
+    ]
+    found = {digest(*other) for other in others}
+    assert len(found) == len(others)
+    assert digest(task, own, facts) not in found
+    assert digest(task, own, msgspec.structs.replace(facts, load=9.0)) == digest(task, own, facts)
+
+
+def test_versions_decide_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = machine_facts()
+    before = digest(counted("a", []), bench(), facts)
+    monkeypatch.setattr("moesim.calibrate.calibration.versions", lambda: {"torch": "99"})
+    assert digest(counted("a", []), bench(), facts) != before
+
+
+@pytest.mark.parametrize("kind", ["cpu", "emulated"])
+def test_every_task_is_there_once_and_on_a_lane_that_is_there(kind: str) -> None:
+    device = open_device(kind, memory_bytes=1 << 28)
+    own = Bench(device, Limits(), True)
+    models = [load_model(name) for name in ("qwen3-30b-a3b", "deepseek-v3", "qwen3-30b-a3b")]
+    found = tasks_of(own, models)
+    device.close()
+    names = [task.name for task in found]
+    assert len(names) == len(set(names))
+    assert all(task.seconds > 0 for task in found)
+    assert {"expert/cpu/2048x768/16", "expert/cpu/7168x2048/16", "disk/read"} <= set(names)
+    kinds = {name.split("/")[0] for name in names}
+    assert ("copy" in kinds) == ("interference" in kinds) == (kind == "emulated")
+    assert any("/gpu/" in name for name in names) == (kind == "emulated")
+
+
+def test_the_place_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOESIM_CACHE_DIR", str(tmp_path))
+    assert state_folder() == tmp_path / "calibration"
+
+
+def test_a_machine_is_busy_by_its_load_per_thread() -> None:
+    facts = Facts(cpu="abacus", threads=4, memory_bytes=1, load=1.0)
+    assert not facts.busy
+    assert msgspec.structs.replace(facts, load=1.1).busy
+    assert not msgspec.structs.replace(facts, load=-1.0).busy
