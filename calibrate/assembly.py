@@ -15,7 +15,7 @@ import yaml
 from moesim.calibrate import attention, experts, host, plausible
 from moesim.calibrate.calibration import Calibration, Kept
 from moesim.calibrate.copies import chunk_bytes, fit_channel
-from moesim.calibrate.fit import FAR, MISSES, fit_line
+from moesim.calibrate.fit import MISSES, fit_line
 from moesim.calibrate.interference import contention
 from moesim.calibrate.memory import read_rate
 from moesim.calibrate.series import Series
@@ -166,12 +166,18 @@ def assemble(found: Calibration, models: Sequence[ModelSpec], base: HardwareProf
         tables=tables,
         provenance=Origins(**origins),
     )
+    misses += dict.fromkeys(
+        f"{one.what.rpartition(',')[0]}: a base by tokens and a rate per token attended to are off"
+        f" by {100 * one.error:.0f} % at points held out"
+        for one in of_attentions
+        if one.error is not None and one.error > MISSES
+    )
     rest = checked_layers(kept, profile, models)
     misses += [
         f"{one.what.rpartition(',')[0]}: simulated from rates and kernels, up to"
         f" {100 * one.error:.0f} % off what was measured"
         for one in rest
-        if one.error is not None and one.error > FAR
+        if one.error is not None and one.error > MISSES
     ]
     return Assembled(
         profile,

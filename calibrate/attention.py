@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moesim.calibrate.fit import MISSES, USUAL
+from moesim.calibrate.fit import MISSES, USUAL, worst
 from moesim.calibrate.series import Bench, Series, Task
 from moesim.calibrate.sweeps import (
     Call,
@@ -65,7 +65,7 @@ class Split(NamedTuple):
     @property
     def error(self) -> float:
         """The largest relative error of a held-out point; of a fitted one if none was held out."""
-        return float(np.abs(self.held_out if len(self.held_out) else self.residuals).max())
+        return worst(self.residuals, self.held_out)
 
     @property
     def misses(self) -> bool:

@@ -21,6 +21,11 @@ FAR = 0.25
 """A point that the fit misses by more is reported as an outlier."""
 
 
+def worst(residuals: FloatArray, held_out: FloatArray) -> float:
+    """Return the largest relative error of a held-out point; of a fitted one if there is none."""
+    return float(np.abs(held_out if len(held_out) else residuals).max())
+
+
 class Fit(NamedTuple):
     """A model of times, and how well it fits."""
 
@@ -35,7 +40,7 @@ class Fit(NamedTuple):
     @property
     def error(self) -> float:
         """The largest relative error of a held-out point; of a fitted one if none was held out."""
-        return float(np.abs(self.held_out if len(self.held_out) else self.residuals).max())
+        return worst(self.residuals, self.held_out)
 
     @property
     def misses(self) -> bool:

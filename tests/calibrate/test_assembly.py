@@ -219,6 +219,49 @@ def test_a_fit_that_misses_is_said_and_the_points_are_used(tmp_path: Path) -> No
     assert table.points == tuple((int(p.at), p.ns) for p in points if not p.held_out)
 
 
+@pytest.mark.parametrize(("factor", "said"), [(1.07, False), (1.15, True)])
+def test_attention_that_misses_by_a_tenth_is_said(
+    tmp_path: Path, factor: float, said: bool
+) -> None:
+    """Points held out take longer than what the others say; the shape is named once."""
+    found = [
+        msgspec.structs.replace(
+            own,
+            points=tuple(
+                msgspec.structs.replace(p, ns=p.ns * (factor if p.held_out else 1.0))
+                for p in own.points
+            ),
+        )
+        if own.name.startswith("attention/")
+        else own
+        for own in machine()
+    ]
+    made_of = assemble(calibrated(found, tmp_path), [MODEL], BASE)
+    lines = [line for line in made_of.misses if line.startswith("attention")]
+    assert len(lines) == said
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.05, False), (1.2, True)])
+def test_a_roofline_that_misses_by_a_tenth_is_said(
+    tmp_path: Path, factor: float, said: bool
+) -> None:
+    """The gate's last point takes longer than launches and roofline say."""
+    found = [
+        msgspec.structs.replace(
+            own,
+            points=(
+                *own.points[:-1],
+                msgspec.structs.replace(own.points[-1], ns=own.points[-1].ns * factor),
+            ),
+        )
+        if own.name.startswith("gate/")
+        else own
+        for own in machine()
+    ]
+    made_of = assemble(calibrated(found, tmp_path), [MODEL], BASE)
+    assert any(line.startswith("gate") for line in made_of.misses) == said
+
+
 def test_numbers_that_no_profile_may_have_are_not_used(tmp_path: Path) -> None:
     """A device of 0 bytes; its experts were seen nevertheless."""
     made_of = assemble(calibrated(machine(), tmp_path, "cpu"), [MODEL], BASE)
