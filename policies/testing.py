@@ -9,7 +9,6 @@ runs every law below on a policy, by its name, its file, or any text that `--pol
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -336,9 +335,13 @@ class PolicyConformance:
         self.replay(slots=1)
 
     def test_no_slot(self) -> None:
-        """A budget of nothing works; a policy that needs the GPU may refuse it by a PolicyError."""
-        with suppress(PolicyError) if self.needs_gpu else nullcontext():
+        """A budget of nothing is refused by a PolicyError, or works; `needs_gpu` says which."""
+        try:
             self.replay(slots=0)
+        except PolicyError:
+            assert self.needs_gpu, "refuses to work without a GPU slot, though needs_gpu = False"
+        else:
+            assert not self.needs_gpu, "works without a GPU slot: say needs_gpu = False"
 
     def test_one_expert(self) -> None:
         """A layer with a single expert."""

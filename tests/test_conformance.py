@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import moesim.policies.testing as lab
-from moesim.errors import InputError, PolicyError
+from moesim.errors import InputError
 from moesim.policies.api import Placement, Plan, Setting, View, run_on_cpu, run_on_gpu
 from moesim.policies.registry import BUILTIN, Chosen, load_class
 from moesim.policies.testing import PolicyConformance
@@ -80,16 +80,21 @@ def test_a_policy_that_sees_the_future_is_caught(monkeypatch: pytest.MonkeyPatch
     Peeks().test_random_choices()
 
 
-def test_who_needs_the_gpu_may_refuse_to_work_without() -> None:
+def test_a_policy_says_whether_it_works_without_the_gpu() -> None:
     class Needing(PolicyConformance):
         policy = "on-demand"
 
     class Boasting(Needing):
         needs_gpu = False
 
+    class Modest(PolicyConformance):
+        policy = "all-cpu"
+
     Needing().test_no_slot()
-    with pytest.raises(PolicyError, match="budget is 0 bytes"):
+    with pytest.raises(AssertionError, match="though needs_gpu = False"):
         Boasting().test_no_slot()
+    with pytest.raises(AssertionError, match="say needs_gpu = False"):
+        Modest().test_no_slot()
 
 
 def test_a_misspelt_name_is_not_taken_for_a_policy() -> None:
