@@ -56,8 +56,8 @@ def make_costs(
     return Costs(
         expert_gpu_ns=np.array(per_precision),
         expert_cpu_ns=np.array([flat(cpu, tokens)] * 4),
-        attention_ns=flat(attention, tokens),
-        context_fp=np.zeros(len(PHASES), np.int64),
+        attention_ns=np.stack([flat(attention, tokens)] * len(PHASES)),
+        context_fp=per_attended(0, 0, tokens),
         cpu_attention_ns=0,
         cpu_context_fp=cpu_context * CONTEXT_UNIT,
         dense_ns=flat(0, tokens),
@@ -66,7 +66,7 @@ def make_costs(
         shared_ns=flat(shared, tokens),
         combine_ns=flat(combine, tokens),
         head_ns=flat(head, tokens),
-        rate=np.array([[latency, bytes_per_ms]] * len(LANES)),
+        copies=np.array([[[0, latency, bytes_per_ms]]] * len(LANES)),
         expert_bytes=experts,
         attention_bytes=np.full(layers, dense_bytes),
         kv_bytes=np.full(layers, kv_bytes),
@@ -77,16 +77,21 @@ def make_costs(
     )
 
 
+def per_attended(prefill_ns: int, decode_ns: int, tokens: int = TOKENS) -> IntArray:
+    """Return `Costs.context_fp`: what a token attended to takes in each phase."""
+    return np.repeat([[prefill_ns], [decode_ns]], tokens + 1, axis=1) * CONTEXT_UNIT
+
+
 def times(costs: Costs, k: int) -> Costs:
     """Return costs in which everything takes k times as long, for rates that k divides."""
     scaled = {
         name: getattr(costs, name) * k for name in costs._fields if name.endswith(("_ns", "_fp"))
     }
-    rate = costs.rate.copy()
-    rate[:, 0] *= k
-    assert (rate[:, 1] % k == 0).all()
-    rate[:, 1] //= k
-    return costs._replace(**scaled, rate=rate)
+    copies = costs.copies.copy()
+    copies[..., 1] *= k
+    assert (copies[..., 2] % k == 0).all()
+    copies[..., 2] //= k
+    return costs._replace(**scaled, copies=copies)
 
 
 def make_model(

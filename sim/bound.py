@@ -138,10 +138,12 @@ def work_of(prepared: Prepared, allowed: Sequence[int]) -> Work:
     split = setting.sequences > 1
     begin, end = steps.offset[:, 0], steps.offset[:, -1]
     tokens = end - begin
-    per_token = least(costs.attention_ns, split), least(costs.dense_ns, split)
-    attended = -(-steps.context.sum(axis=1) * costs.context_fp[steps.phase] // CONTEXT_UNIT)
+    dense_ns = least(costs.dense_ns, split)[tokens]
+    projected_ns = np.stack([least(ns, split) for ns in costs.attention_ns])[steps.phase, tokens]
+    context_fp = np.minimum.accumulate(costs.context_fp, axis=1) if split else costs.context_fp
+    attended = -(-steps.context.sum(axis=1) * context_fp[steps.phase, tokens] // CONTEXT_UNIT)
     before = costs.dense_before[:, None]
-    attention = (before + 1) * (per_token[0][tokens] + attended) + before * per_token[1][tokens]
+    attention = (before + 1) * (projected_ns + attended) + before * dense_ns
     by_cpu = -(-steps.context.sum(axis=1) * costs.cpu_context_fp // CONTEXT_UNIT)
     by_cpu = (before + 1) * (costs.cpu_attention_ns + by_cpu)
     gate = least(costs.gate_ns, split)[tokens]
@@ -190,9 +192,11 @@ def copies(costs: Costs, allowed: Sequence[int], budget_bytes: int) -> tuple[flo
     Of an expert of which a part is there, the rest is copied: part of the bytes, and an operation.
     """
     size = costs.expert_bytes[:, list(allowed)].min(axis=1)
-    latency_ns, rate = map(int, costs.rate[H2D])
-    ns = latency_ns + size * 1e6 / rate
-    return float(ns.min()), budget_bytes * float((ns / size).max())
+    start, at_ns, rate = costs.copies[H2D].T
+    line = np.searchsorted(start, size, side="right") - 1
+    ns = at_ns[line] + (size - start[line]) * 1e6 / rate[line]
+    spared = np.concatenate((ns / size, 1e6 / rate[start < size.max()]))
+    return float(ns.min()), budget_bytes * float(spared.max())
 
 
 def loads_of(chosen: Any) -> list[tuple[IntArray, IntArray]]:

@@ -72,7 +72,7 @@ def on_cpu(policy: type = OnCpu, choices: Any = TWO_TOKENS_EACH) -> Replayed:
         "kv_bytes": 512, "cpu_context": 20,
     }  # fmt: skip
     # What the GPU would take for it does not matter.
-    made = lab.make_costs(**costs)._replace(context_fp=np.array([0, 1000 * CONTEXT_UNIT]))
+    made = lab.make_costs(**costs)._replace(context_fp=lab.per_attended(0, 1000))
     return lab.run(policy, choices, made, prompts=(1, 1))
 
 
@@ -124,7 +124,7 @@ def test_the_window_counts_attention_where_it_runs() -> None:
             run_on_gpu(plan, 0)
 
     costs = lab.make_costs(attention=50, gate=10, gpu=10, cpu_context=20)
-    costs = costs._replace(context_fp=np.array([3, 1000]) * CONTEXT_UNIT)
+    costs = costs._replace(context_fp=lab.per_attended(3, 1000))
     done = lab.run(Watching, TWO_TOKENS_EACH, costs, prompts=(1, 1))
     policy: Any = done.prepared.policy
     assert policy.seen.tolist() == [10 + 2 * 50 + 2 * 3, 10 + 2 * 50 + 4 * 20]
@@ -318,7 +318,7 @@ def test_the_bound_allows_attention_on_either_device(cpu_context: int) -> None:
     costs = lab.make_costs(
         attention=50, gate=10, gpu=10, copy_ns_per_kib=1, cpu_context=cpu_context
     )
-    costs = costs._replace(context_fp=np.array([300, 200]) * CONTEXT_UNIT)
+    costs = costs._replace(context_fp=lab.per_attended(300, 200))
     done = lab.run(OnCpu, TWO_TOKENS_EACH, costs, prompts=(1, 1))
     # One gate and one attention for two tokens would do, as far as the tables say.
     prefill, projected = 25 * 2 + 300 * 2 + 5 * 2, 25 * 2
@@ -340,7 +340,7 @@ def test_the_bound_lets_gates_run_beside_attention_on_the_cpu(batches: int) -> N
 
     costs = lab.make_costs(copy_ns_per_kib=1, cpu_context=200)
     costs = costs._replace(
-        context_fp=np.array([0, 1000]) * CONTEXT_UNIT,
+        context_fp=lab.per_attended(0, 1000),
         gate_ns=300 * np.arange(lab.TOKENS + 1),
     )
     done = lab.run(Divided, TWO_TOKENS_EACH, costs, prompts=(1, 1))

@@ -106,7 +106,7 @@ def test_the_rest_by_hand() -> None:
     costs = build_costs(model(), machine(), tokens=64, sequences=4)
     attention = 2 * 2048 * 128 * (32 + 4) + 2 * 2048
 
-    assert costs.attention_ns[1] == 8000 + math.ceil(2 * attention / 1000)
+    assert costs.attention_ns[0, 1] == 8000 + math.ceil(2 * attention / 1000)
     assert costs.gate_ns[1] == 2000 + math.ceil(2 * 2048 * 128 / 1000)
     assert costs.combine_ns[1] == 1000 + math.ceil(2 * 2048 * 10 / 1000)
     assert costs.combine_ns[64] == 1000 + math.ceil(64 * 2 * 2048 * 10 / 1000)
@@ -117,7 +117,7 @@ def test_the_rest_by_hand() -> None:
     assert not costs.shared_ns.any()
     assert not costs.dense_ns.any()
     # 4 x 32 x 128 operations at 1e14/s; 2,048 bytes at 1e12/s.
-    assert costs.context_fp.tolist() == [
+    assert costs.context_fp[:, 1].tolist() == [
         math.ceil(16_384 / 1e5 * CONTEXT_UNIT),
         math.ceil(2.048 * CONTEXT_UNIT),
     ]
@@ -126,8 +126,8 @@ def test_the_rest_by_hand() -> None:
 def test_rates_are_bytes_per_ms() -> None:
     costs = build_costs(model(), machine(), tokens=1, sequences=1)
 
-    assert costs.rate[types.H2D].tolist() == [10_000, 25_000_000]
-    assert costs.rate[types.GPU].tolist() == [1000, 500_000_000]  # a move reads and writes
+    assert costs.copies[types.H2D].tolist() == [[0, 10_000, 25_000_000]]
+    assert costs.copies[types.GPU].tolist() == [[0, 1000, 500_000_000]]  # a move reads and writes
     assert copy_ns(costs, types.H2D, 9_437_184) == 10_000 + math.ceil(9_437_184 / 25)
     assert copy_ns(costs, types.H2D, 0) == 0
     assert copy_ns(costs, types.H2D, 1) == 10_001
@@ -276,16 +276,73 @@ def test_measured_attention_wins() -> None:
         "heads": 32,
         "kv_heads": 4,
         "head_dim": 128,
-        "points": [[1, 70_000], [8, 70_700]],
-        "prefill_ns_per_attended": 0.5,
-        "decode_ns_per_attended": 4.0,
+        "prefill": [[1, 70_000, 0.5], [8, 70_700, 0.5]],
+        "decode": [[2, 80_000, 6.0], [6, 80_400, 4.0]],
         "provenance": {"source": "measured", "note": "a test"},
     }
     costs = build_costs(model(), machine(attention=[table]), tokens=8, sequences=1)
 
-    assert costs.attention_ns[[1, 8]].tolist() == [70_000, 70_700]
-    assert costs.context_fp.tolist() == [CONTEXT_UNIT // 2, 4 * CONTEXT_UNIT]
+    assert costs.attention_ns[types.PREFILL, [1, 8]].tolist() == [70_000, 70_700]
+    assert costs.attention_ns[types.DECODE, [2, 4, 6]].tolist() == [80_000, 80_200, 80_400]
+    # A token fewer than measured takes the roofline's time; one more grows as at the end.
+    roof = build_costs(model(), machine(), 8, 1).attention_ns[types.DECODE, 1]
+    assert costs.attention_ns[types.DECODE, [1, 8]].tolist() == [roof, 80_600]
+    assert (costs.context_fp[types.PREFILL] == CONTEXT_UNIT // 2).all()
+    per_attended = costs.context_fp[types.DECODE] / CONTEXT_UNIT
+    assert per_attended[1:].tolist() == [6, 6, 5.5, 5, 4.5, 4, 4, 4]
     assert costs.kind_source[types.ATTENTION] == types.INTERPOLATED
+
+
+def test_measured_layers_win_at_the_precision_that_was_measured() -> None:
+    """Gates, shared experts (2 x 1408 wide) and dense layers (10944), combining, the head."""
+    spec = model("deepseek-v2-lite")
+    provenance = {"source": "measured", "note": "a test"}
+    tables = [
+        {"kind": kind, "hidden": 2048, "size": size, "points": [[1, ns], [5, 5 * ns]],
+         "provenance": provenance}
+        for kind, size, ns in (("gate", 64, 100), ("ffn", 2816, 200), ("ffn", 10_944, 300),
+                               ("combine", 6, 400), ("head", 102_400, 500), ("gate", 65, 9))
+    ]  # fmt: skip
+    costs = build_costs(spec, machine(layer=tables), 8, 2)
+    assert costs.gate_ns[[1, 3]].tolist() == [100, 300]
+    assert costs.shared_ns[[1, 3]].tolist() == [200, 600]
+    assert costs.dense_ns[[1, 3]].tolist() == [300, 900]
+    assert costs.combine_ns[[1, 3]].tolist() == [400, 1200]
+    assert costs.head_ns.tolist() == [0, 500, 1000]
+    for kind in (types.GATE, types.PREDICT, types.SHARED, types.COMBINE, types.HEAD):
+        assert costs.kind_source[kind] == types.INTERPOLATED
+    plain, packed = (
+        build_costs(spec, machine(**tables), 8, 2, dense_bits=4)
+        for tables in ({}, {"layer": tables})
+    )
+    assert (packed.gate_ns == plain.gate_ns).all()
+    assert packed.kind_source[types.GATE] == types.DATASHEET
+
+
+def test_measured_copies_lie_between_their_points_and_beyond_at_the_rate() -> None:
+    """From 100 ns: 1000 bytes in 300 ns, 5000 in 700, no more for 6000; then 1 byte per ns."""
+    channel = {
+        "latency_ns": 100, "bytes_per_s": 1e9, "points": [[1000, 300], [5000, 700], [6000, 690]],
+        "interpolated": True,
+    }  # fmt: skip
+    profile = machine()
+    plain = msgspec.to_builtins(profile)
+    plain["disk"] = channel
+    costs = build_costs(model(), msgspec.convert(plain, HardwareProfile), 1, 1)
+    sizes = [1, 500, 999, 1000, 3000, 5000, 5500, 6000, 6001, 10_000]
+    expected = [101, 200, 300, 300, 500, 700, 701, 700, 701, 4700]
+    assert [copy_ns(costs, types.DISK, size) for size in sizes] == expected
+    shown = build_costs(
+        model(),
+        msgspec.convert({**plain, "disk": {**channel, "interpolated": False}}, HardwareProfile),
+        1,
+        1,
+    )
+    assert [copy_ns(shown, types.DISK, size) for size in (1, 3000, 10_000)] == [101, 3100, 10_100]
+    own = profile.link.h2d
+    for size in (1, 4096, 1 << 30):
+        line = own.latency_ns + math.ceil(size * 1e9 / (own.bytes_per_s // 1000 * 1000))
+        assert copy_ns(costs, types.H2D, size) == line
 
 
 @given(st.lists(st.tuples(st.integers(1, 200), st.floats(1, 1e9)), min_size=1, max_size=8))
@@ -325,8 +382,8 @@ def test_every_kind_has_its_table() -> None:
     assert ask(costs, types.MOVE, 999) == copy_ns(costs, types.GPU, 999)
     assert ask(costs, types.DISK_READ, 999) == copy_ns(costs, types.DISK, 999)
     # Layer 0 of the MoE layers has one dense layer before it, layer 1 has none.
-    attended = math.ceil(1000 * costs.context_fp[1] / CONTEXT_UNIT)
-    one = costs.attention_ns[3] + attended
+    attended = math.ceil(1000 * costs.context_fp[1, 3] / CONTEXT_UNIT)
+    one = costs.attention_ns[1, 3] + attended
     assert ask(costs, types.ATTENTION, 3, layer=1, context=1000) == one
     assert ask(costs, types.ATTENTION, 3, layer=0, context=1000) == 2 * one + costs.dense_ns[3]
 
@@ -336,7 +393,7 @@ def test_dense_layers_at_the_end_are_counted_in_the_head() -> None:
     spec = model(hidden_layers=50, dense_width=6144)
     costs = build_costs(spec, machine(), 8, 8)
 
-    extra = 2 * (costs.attention_ns[8] + costs.dense_ns[8])
+    extra = 2 * (costs.attention_ns[1, 8] + costs.dense_ns[8])
     assert costs.head_ns[8] == plain.head_ns[8] + extra
 
 
@@ -344,7 +401,7 @@ def test_layers_without_a_cache_attend_to_nothing() -> None:
     full = build_costs(model(), machine(), 1, 1)
     half = build_costs(model(cacheless_layer_ids=tuple(range(24))), machine(), 1, 1)
 
-    assert half.context_fp.tolist() == [math.ceil(fp / 2) for fp in full.context_fp.tolist()]
+    assert half.context_fp.tolist() == np.ceil(full.context_fp / 2).tolist()
     assert half.kv_bytes.tolist() == [0] * 24 + [2048] * 24
 
 

@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 
 import moesim.policies.testing as lab
-from moesim.costs import CONTEXT_UNIT, Costs
+from moesim.costs import Costs
 from moesim.policies import api
 from moesim.policies.api import CACHE, FIRST, REST, Placement, Plan, Prediction, Setting, View
 from moesim.policies.registry import Chosen
 from moesim.profile import HardwareProfile
-from moesim.types import CPU, GPU, LANES, NONE, PHASES, WHOLE, IntArray
+from moesim.types import CPU, GPU, LANES, NONE, WHOLE, IntArray
 
 PARTS = (1, 256, 410, 1000, WHOLE, WHOLE, WHOLE)
 
@@ -320,7 +320,7 @@ def cases(draw: st.DrawFn, *, calm: bool = False) -> Case:
     gate_token_ns, context_ns = draw(st.sampled_from(((0, 0), (90, 0), (90, 900))))
     costs = costs._replace(
         gate_ns=costs.gate_ns + gate_token_ns * np.arange(len(costs.gate_ns)),
-        context_fp=np.full(len(PHASES), context_ns * CONTEXT_UNIT),
+        context_fp=lab.per_attended(context_ns, context_ns),
     )
     settings = [f"link.chunk_bytes={1 << 40 if calm else draw(st.sampled_from((1, 100, 256)))}"]
     if not calm:

@@ -4,6 +4,8 @@
 it, and the host's own forecast does. Calibrated floats become ns here, once, rounded up.
 """
 
+import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +26,14 @@ from moesim.model import (
     shared_params,
     streamed_params,
 )
-from moesim.profile import AttentionTable, ExpertTable, HardwareProfile, Provenance
+from moesim.profile import (
+    AttentionTable,
+    Channel,
+    ExpertTable,
+    HardwareProfile,
+    LayerTable,
+    Provenance,
+)
 from moesim.types import (
     ATTENTION,
     ATTENTION_CPU,
@@ -33,6 +42,7 @@ from moesim.types import (
     COPY_IN,
     D2H,
     DATASHEET,
+    DECODE,
     DENSE_IN,
     DISK,
     DISK_READ,
@@ -50,7 +60,9 @@ from moesim.types import (
     MEASURED,
     MOVE,
     PAUSE,
+    PHASES,
     PREDICT,
+    PREFILL,
     RESIZE,
     RETURN,
     SEND,
@@ -62,6 +74,9 @@ from moesim.types import (
 
 CONTEXT_UNIT = 1 << 20
 """Time per attended token is kept in ns / 2**20."""
+NO_LINE = 1 << 62
+"""More bytes than any copy has."""
+MAX_BYTES_PER_MS = 1 << 50
 MAX_TOKENS = 1 << 22
 """The most that one operation may have: a bound on memory, not on machines."""
 
@@ -70,7 +85,7 @@ class Costs(NamedTuple):
     """Cost tables of one model on one machine; precisions are indices into `types.BITS`.
 
     Tables over tokens start at 0 tokens (0 ns) and reach the most that one operation of the run
-    can have; those over bytes are `latency_ns + bytes / rate`.
+    can have; those over bytes are lines, one behind the other.
     """
 
     expert_gpu_ns: IntArray
@@ -78,16 +93,17 @@ class Costs(NamedTuple):
     expert_cpu_ns: IntArray
     """(precisions, tokens + 1): one whole expert on the CPU, weights in host memory."""
     attention_ns: IntArray
-    """(tokens + 1,): norms and projections of one layer for so many new tokens."""
+    """(phases, tokens + 1): norms and projections of one layer for so many new tokens."""
     context_fp: IntArray
-    """(phases,): attention over the context, per attended token of one layer, in ns / 2**20.
+    """(phases, tokens + 1): what so many new tokens of one layer take per token that they attend
+    to, in ns / 2**20.
 
     The tokens attended to are summed over the new tokens: a prompt of n attends to n (n + 1) / 2.
     """
     cpu_attention_ns: int
     """Handing one batch's attention over the context to the CPU and collecting it."""
     cpu_context_fp: int
-    """As `context_fp`, on the CPU, in decode."""
+    """As one entry of `context_fp`, on the CPU, in decode."""
     dense_ns: IntArray
     """(tokens + 1,): the FFN of one layer without experts."""
     dense_before: IntArray
@@ -101,8 +117,10 @@ class Costs(NamedTuple):
     head_ns: IntArray
     """(tokens + 1,): last norm, logits and sampling, for so many sequences; layers without experts
     after the last MoE layer are counted here."""
-    rate: IntArray
-    """(lanes, 2): latency in ns and bytes per ms of copies; the row of `gpu` is GPU memory."""
+    copies: IntArray
+    """(lanes, lines, 3): from so many bytes on a copy takes so many ns, and from there on so many
+    bytes per ms. The first line begins at 0 bytes, with the latency; `NO_LINE` bytes begin none.
+    The row of `gpu` is GPU memory."""
     expert_bytes: IntArray
     """(layers, precisions)."""
     attention_bytes: IntArray
@@ -123,9 +141,13 @@ def copy_ns(costs: Costs, lane: int, size_bytes: int) -> int:
     """Return the time of one copy on a lane at full speed, rounded up; nothing takes no time."""
     if size_bytes <= 0:
         return 0
-    latency_ns: int = costs.rate[lane, 0]
-    rate: int = costs.rate[lane, 1]
-    return latency_ns + (size_bytes * 1_000_000 + rate - 1) // rate
+    k = 0
+    while k + 1 < costs.copies.shape[1] and costs.copies[lane, k + 1, 0] <= size_bytes:
+        k += 1
+    start: int = costs.copies[lane, k, 0]
+    ns: int = costs.copies[lane, k, 1]
+    rate: int = costs.copies[lane, k, 2]
+    return ns + ((size_bytes - start) * 1_000_000 + rate - 1) // rate
 
 
 def part_bytes(costs: Costs, layer: int, precision: int, start: int, part: int) -> int:
@@ -160,8 +182,8 @@ def duration_ns(  # noqa: PLR0912  one branch per kind
         ns = costs.gate_ns[amount]
     elif kind == ATTENTION:
         before: int = costs.dense_before[layer]
-        attended = (context * costs.context_fp[phase] + CONTEXT_UNIT - 1) // CONTEXT_UNIT
-        ns = (before + 1) * (costs.attention_ns[amount] + attended)
+        attended = (context * costs.context_fp[phase, amount] + CONTEXT_UNIT - 1) // CONTEXT_UNIT
+        ns = (before + 1) * (costs.attention_ns[phase, amount] + attended)
         ns += before * costs.dense_ns[amount]
     elif kind == ATTENTION_CPU:
         layers: int = costs.dense_before[layer] + 1
@@ -253,51 +275,66 @@ def build_costs(
         )
         for size, bits in zip(sizes, BITS, strict=True)
     ]
+    most = max(tokens, sequences)
+    kind_source = np.full(len(KINDS), _derived(origin.gpu), np.int64)
+    kind_source[[EXPERT_CPU, ATTENTION_CPU]] = _derived(origin.cpu)
+
+    def of_layer(kinds: list[int], name: str, size: int, roof: _Roofline, most: int) -> IntArray:
+        table = _layer_table(tables.layer, name, hidden, size) if dense_bits == 16 else None
+        if table is not None:
+            kind_source[kinds] = _between(table.provenance)
+        return _curve(roof, table, most, 0)[0]
+
     attention = on_gpu(gpu.kernels.attention, attention_params(model))
     attention_table = _attention_table(tables.attention, model)
-    attention_ns, _ = _curve(attention, attention_table, max(tokens, sequences), 0)
-    ffn_kernels = gpu.kernels.expert
-    dense = on_gpu(ffn_kernels, dense_params(model)) if model.dense_width else _NOTHING
-    shared = on_gpu(ffn_kernels, shared_params(model)) if model.shared_width else _NOTHING
-    dense_ns = _plain(dense, max(tokens, sequences))
+    attention_ns = np.stack([_curve(attention, None, most, 0)[0]] * len(PHASES))
+    context_fp = np.repeat(_context_fp(model, _per_attended(model, profile))[:, None], most + 1, 1)
+    if attention_table:
+        kind_source[ATTENTION] = _between(attention_table.provenance)
+        for phase, rows in ((PREFILL, attention_table.prefill), (DECODE, attention_table.decode)):
+            at, ns, rates = np.array(rows, np.float64).T
+            attention_ns[phase] = _rounded_up(_through(attention, at, ns, np.arange(most + 1.0)))
+            context_fp[phase] = _context_fp(model, np.interp(np.arange(most + 1), at, rates))
+    ffn = gpu.kernels.expert
+    dense = on_gpu(ffn, dense_params(model)) if model.dense_width else _NOTHING
+    shared = on_gpu(ffn, shared_params(model)) if model.shared_width else _NOTHING
+    dense_ns = of_layer([], "ffn", model.dense_width, dense, most)
     # Reads top_k results and the residual of every token, and writes one row.
     moved_ns = 2 * hidden * (model.top_k + 2) / gpu.memory_bytes_per_s * 1e9
     combine = _Roofline(gpu.kernels.combine * launch_ns, 0.0, moved_ns)
-    head_ns = _plain(on_gpu(gpu.kernels.head, hidden * model.vocab), sequences)
-    head_ns += model.dense_after * (attention_ns + dense_ns)[: sequences + 1]
+    head = on_gpu(gpu.kernels.head, hidden * model.vocab)
+    head_ns = of_layer([HEAD], "head", model.vocab, head, sequences)
+    head_ns += model.dense_after * (attention_ns[DECODE] + dense_ns)[: sequences + 1]
+    routed = model.experts + model.weightless_experts
+    gate = on_gpu(gpu.kernels.gate, router_params(model))
 
     copies = _measured(origin.link)
-    kind_source = np.full(len(KINDS), _derived(origin.gpu), np.int64)
-    kind_source[[EXPERT_CPU, ATTENTION_CPU]] = _derived(origin.cpu)
-    if attention_table:
-        measured = attention_table.provenance.source == "measured"
-        kind_source[ATTENTION] = INTERPOLATED if measured else DATASHEET
     kind_source[[COPY_IN, RETURN, KV_IN, DENSE_IN, SEND, KV_OUT]] = copies
     kind_source[DISK_READ] = _measured(origin.disk)
     kind_source[PAUSE] = _measured(origin.host)
 
     # Moving bytes inside a memory reads and writes them: half its rate. The CPU's row is unused.
     channels = (
-        (gpu.launch_ns, gpu.memory_bytes_per_s / 2),
-        (0, cpu.memory_bytes_per_s / 2),
-        (link.h2d.latency_ns, link.h2d.bytes_per_s),
-        (link.d2h.latency_ns, link.d2h.bytes_per_s),
-        (profile.disk.latency_ns, profile.disk.bytes_per_s),
+        Channel(latency_ns=gpu.launch_ns, bytes_per_s=gpu.memory_bytes_per_s / 2),
+        Channel(latency_ns=0, bytes_per_s=cpu.memory_bytes_per_s / 2),
+        link.h2d,
+        link.d2h,
+        profile.disk,
     )
     return Costs(
         expert_gpu_ns=np.stack([ns for ns, _ in gpu_experts]),
         expert_cpu_ns=np.stack([ns for ns, _ in cpu_experts]),
-        attention_ns=attention_ns[: tokens + 1].copy(),
-        context_fp=_context_fp(model, profile, attention_table),
+        attention_ns=attention_ns[:, : tokens + 1].copy(),
+        context_fp=context_fp[:, : tokens + 1].copy(),
         cpu_attention_ns=int(cpu.overhead_ns),
         cpu_context_fp=_cpu_context_fp(model, profile),
         dense_ns=dense_ns[: tokens + 1].copy(),
         dense_before=np.array(model.dense_before, np.int64),
-        gate_ns=_plain(on_gpu(gpu.kernels.gate, router_params(model)), tokens),
-        shared_ns=_plain(shared, tokens),
-        combine_ns=_plain(combine, tokens),
+        gate_ns=of_layer([GATE, PREDICT], "gate", routed, gate, tokens),
+        shared_ns=of_layer([SHARED], "ffn", model.shared_width, shared, tokens),
+        combine_ns=of_layer([COMBINE], "combine", model.top_k, combine, tokens),
         head_ns=head_ns,
-        rate=np.array([(ns, max(1, int(rate // 1000))) for ns, rate in channels], np.int64),
+        copies=_lines(channels),
         expert_bytes=np.tile(np.array(sizes, np.int64), (model.layers, 1)),
         attention_bytes=np.array(
             [packed_bytes(params, dense_bits) for params in streamed_params(model)], np.int64
@@ -326,11 +363,6 @@ def _roofline_ns(roof: _Roofline, counts: FloatArray) -> FloatArray:
     return ns
 
 
-def _plain(roof: _Roofline, tokens: int) -> IntArray:
-    """Return (tokens + 1,): the roofline in whole ns, 0 for no tokens."""
-    return _rounded_up(_roofline_ns(roof, np.arange(tokens + 1, dtype=np.float64)))
-
-
 def _rounded_up(ns: FloatArray) -> IntArray:
     """Return whole ns, never falling, from 0 for no tokens; 1e-6 ns is noise of the division."""
     whole = np.ceil(np.round(ns, 6)).astype(np.int64)
@@ -339,31 +371,55 @@ def _rounded_up(ns: FloatArray) -> IntArray:
 
 
 def _curve(
-    roof: _Roofline, table: ExpertTable | AttentionTable | None, tokens: int, otherwise: int
+    roof: _Roofline, table: ExpertTable | LayerTable | None, tokens: int, otherwise: int
 ) -> tuple[IntArray, IntArray]:
-    """Return (tokens + 1,) ns and sources: the table where there is one, else the roofline.
-
-    A measured time below that of fewer tokens is noise and is raised to it. Below the first point
-    the line starts at one token with the roofline's time, or the first point's if that is less.
-    """
+    """Return (tokens + 1,) ns and sources: the table where there is one, else the roofline."""
     counts = np.arange(tokens + 1, dtype=np.float64)
     if table is None:
         return _rounded_up(_roofline_ns(roof, counts)), np.full(tokens + 1, otherwise, np.int64)
-    at = np.array([point[0] for point in table.points], np.float64)
-    ns = np.maximum.accumulate(np.array([point[1] for point in table.points], np.float64))
+    at, ns = np.array(table.points, np.float64).T
+    between = np.where(counts > at[-1], EXTRAPOLATED, INTERPOLATED)
+    source = np.where(np.isin(counts, at), MEASURED, between)
+    source[0] = MEASURED
+    if table.provenance.source != "measured":
+        source = np.full(tokens + 1, DATASHEET)
+    return _rounded_up(_through(roof, at, ns, counts)), source.astype(np.int64)
+
+
+def _through(roof: _Roofline, at: FloatArray, ns: FloatArray, counts: FloatArray) -> FloatArray:
+    """Return times at token counts on the lines through points, and beyond them.
+
+    A time below that of fewer tokens is noise and is raised to it. Below the first point the line
+    starts at one token with the roofline's time, or the first point's if that is less. Beyond the
+    last one it grows as it did at its end or as the roofline, whichever is faster.
+    """
+    ns = np.maximum.accumulate(ns)
     slope = (ns[-1] - ns[-2]) / (at[-1] - at[-2]) if len(at) > 1 else 0.0
-    measured = np.isin(counts, at)
     if at[0] > 1:
         floor_ns = min(ns[0], float(_roofline_ns(roof, np.ones(1))[0]))
         at, ns = np.concatenate(([1.0], at)), np.concatenate(([floor_ns], ns))
     growth = _roofline_ns(roof, counts) - _roofline_ns(roof, at[-1:])
     beyond = ns[-1] + np.maximum(slope * (counts - at[-1]), growth)
-    source = np.where(measured, MEASURED, np.where(counts > at[-1], EXTRAPOLATED, INTERPOLATED))
-    source[0] = MEASURED
-    if table.provenance.source != "measured":
-        source = np.full(tokens + 1, DATASHEET)
-    curve = np.where(counts > at[-1], beyond, np.interp(counts, at, ns))
-    return _rounded_up(curve), source.astype(np.int64)
+    found: FloatArray = np.where(counts > at[-1], beyond, np.interp(counts, at, ns))
+    return found
+
+
+def _lines(channels: tuple[Channel, ...]) -> IntArray:
+    """Return (lanes, lines, 3): see `Costs.copies`."""
+    found = []
+    for channel in channels:
+        rows = [(0, channel.latency_ns)]
+        for size, ns in channel.points if channel.interpolated else ():
+            rows.append((size, max(rows[-1][1], math.ceil(ns))))
+        rates = [
+            MAX_BYTES_PER_MS if after == ns else max(1, (end - start) * 1_000_000 // (after - ns))
+            for (start, ns), (end, after) in itertools.pairwise(rows)
+        ]
+        rates.append(max(1, int(channel.bytes_per_s // 1000)))
+        found.append([(*row, rate) for row, rate in zip(rows, rates, strict=True)])
+    most = max(map(len, found))
+    padded = [rows + [(NO_LINE, 0, 1)] * (most - len(rows)) for rows in found]
+    return np.array(padded, np.int64)
 
 
 def _expert_table(
@@ -383,21 +439,27 @@ def _attention_table(tables: tuple[AttentionTable, ...], model: ModelSpec) -> At
     return next((t for t in tables if (t.hidden, t.heads, t.kv_heads, t.head_dim) == shape), None)
 
 
-def _context_fp(
-    model: ModelSpec, profile: HardwareProfile, table: AttentionTable | None
-) -> IntArray:
-    """Return (phases,): prefill computes every pair, decode reads every key and value once.
+def _layer_table(
+    tables: tuple[LayerTable, ...], kind: str, hidden: int, size: int
+) -> LayerTable | None:
+    shape = (kind, hidden, size)
+    return next((t for t in tables if (t.kind, t.hidden, t.size) == shape), None)
+
+
+def _per_attended(model: ModelSpec, profile: HardwareProfile) -> FloatArray:
+    """Return (phases,) ns: prefill computes every pair, decode reads every key and value once."""
+    compute_ns = pair_flops(model) / profile.gpu.flops_per_s * 1e9
+    read_ns = layer_kv_bytes(model) / profile.gpu.memory_bytes_per_s * 1e9
+    return np.array([compute_ns, max(compute_ns, read_ns)])
+
+
+def _context_fp(model: ModelSpec, per_attended_ns: FloatArray) -> IntArray:
+    """Return times per token attended to in ns / 2**20.
 
     Layers without a cache attend to nothing; their share is taken off all layers alike.
     """
-    if table:
-        per_pair = np.array([table.prefill_ns_per_attended, table.decode_ns_per_attended])
-    else:
-        compute_ns = pair_flops(model) / profile.gpu.flops_per_s * 1e9
-        read_ns = layer_kv_bytes(model) / profile.gpu.memory_bytes_per_s * 1e9
-        per_pair = np.array([compute_ns, max(compute_ns, read_ns)])
     whole: IntArray = np.ceil(
-        per_pair * CONTEXT_UNIT * _with_cache(model) / model.hidden_layers
+        per_attended_ns * CONTEXT_UNIT * _with_cache(model) / model.hidden_layers
     ).astype(np.int64)
     return whole
 
@@ -418,6 +480,11 @@ def _with_cache(model: ModelSpec) -> int:
 def _derived(origin: Provenance) -> int:
     """Return the source of a roofline over a section's rates."""
     return EXTRAPOLATED if origin.source == "measured" else DATASHEET
+
+
+def _between(origin: Provenance) -> int:
+    """Return the source of a number between those of a table."""
+    return INTERPOLATED if origin.source == "measured" else DATASHEET
 
 
 def _measured(origin: Provenance) -> int:

@@ -28,6 +28,7 @@ FlopsPerSecond = Annotated[float, Meta(ge=1e3, le=1e21)]
 Count = Annotated[int, Meta(ge=1, le=1 << 20)]
 Tokens = Annotated[int, Meta(ge=1, le=1 << 24)]
 MeasuredNanoseconds = Annotated[float, Meta(gt=0, le=1e15)]
+FittedNanoseconds = Annotated[float, Meta(ge=0, le=1e15)]
 Factor = Annotated[float, Meta(gt=0, le=1)]
 Lane = Literal["gpu", "cpu", "h2d", "d2h", "disk"]
 
@@ -71,10 +72,17 @@ class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 
 class Channel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A copy takes `latency_ns` plus its bytes over the rate."""
+    """A copy takes `latency_ns` plus its bytes over the rate.
+
+    `points` are what was measured, (bytes, ns), bytes ascending. Where latency and rate miss them,
+    times are `interpolated`: they lie on the lines between the points, from the latency at no bytes
+    on, and beyond the last one the rate counts.
+    """
 
     latency_ns: Nanoseconds
     bytes_per_s: BytesPerSecond
+    points: Annotated[tuple[tuple[Bytes, MeasuredNanoseconds], ...], Meta(max_length=64)] = ()
+    interpolated: bool = False
 
 
 class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -144,18 +152,38 @@ class ExpertTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class AttentionTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Times of one layer's norms and projections by tokens, and of attending to the context.
+    """Times of one layer's attention, norms and projections included.
 
-    For latent attention `kv_heads` is `heads` and `head_dim` that of queries and keys.
+    Rows are (tokens, ns, ns per token attended to), tokens ascending: so many new tokens take the
+    first for themselves and the second for each token that one of them attends to, which in a
+    prompt of n are n (n + 1) / 2. For latent attention `kv_heads` is `heads` and `head_dim` that of
+    queries and keys.
     """
 
     hidden: Count
     heads: Count
     kv_heads: Count
     head_dim: Count
+    prefill: Annotated[
+        tuple[tuple[Tokens, FittedNanoseconds, FittedNanoseconds], ...], Meta(min_length=1)
+    ]
+    decode: Annotated[
+        tuple[tuple[Tokens, FittedNanoseconds, FittedNanoseconds], ...], Meta(min_length=1)
+    ]
+    provenance: Provenance
+
+
+class LayerTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Times of what a layer has beside attention and experts; `points` as in `ExpertTable`.
+
+    `size` is the experts of a `gate`, the width of an `ffn` (shared experts together, or a layer
+    without experts), top_k of `combine`, the vocabulary of the `head`, whose tokens are sequences.
+    """
+
+    kind: Literal["gate", "ffn", "combine", "head"]
+    hidden: Count
+    size: Count
     points: Annotated[tuple[tuple[Tokens, MeasuredNanoseconds], ...], Meta(min_length=1)]
-    prefill_ns_per_attended: MeasuredNanoseconds
-    decode_ns_per_attended: MeasuredNanoseconds
     provenance: Provenance
 
 
@@ -165,6 +193,7 @@ class Tables(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     expert_gpu: tuple[ExpertTable, ...] = ()
     expert_cpu: tuple[ExpertTable, ...] = ()
     attention: tuple[AttentionTable, ...] = ()
+    layer: tuple[LayerTable, ...] = ()
 
 
 class HardwareProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -194,15 +223,17 @@ class HardwareProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             if strange := sorted(set(entry.slow) - busy):
                 raise ProfileError(f"{where}.slow: {strange[0]} is not among the busy lanes")
             sets.add(busy)
-        for key in ("expert_gpu", "expert_cpu", "attention"):
+        for key in Tables.__struct_fields__:
             shapes = set()
             for index, table in enumerate(getattr(self.tables, key)):
-                where, tokens = f"tables.{key}[{index}]", [point[0] for point in table.points]
-                if tokens != sorted(set(tokens)):
-                    raise ProfileError(f"{where}.points: tokens must ascend, not {tokens}")
+                where = f"tables.{key}[{index}]"
+                for rows in _ROWS.intersection(table.__struct_fields__):
+                    _check_ascending(f"{where}.{rows}", "tokens", getattr(table, rows))
                 if (shape := _shape(table)) in shapes:
                     raise ProfileError(f"{where}: there is a table for {shape} already")
                 shapes.add(shape)
+        for key, channel in (*_channels("link", self.link), ("disk", self.disk)):
+            _check_ascending(f"{key}.points", "bytes", channel.points)
 
     def rates(self) -> IntArray:
         """Return (32, 5): 1/1024 of its speed of each lane for each set of busy lanes.
@@ -237,9 +268,25 @@ def _fixed_point(factor: float) -> int:
     return max(1, round(factor * FULL_SPEED))
 
 
-def _shape(table: ExpertTable | AttentionTable) -> tuple[int, ...]:
+def _channels(where: str, link: Link) -> list[tuple[str, Channel]]:
+    found = {f"{where}.{key}": getattr(link, key) for key in link.__struct_fields__}
+    return [(key, value) for key, value in found.items() if isinstance(value, Channel)]
+
+
+_ROWS = {"points", "prefill", "decode"}
+
+
+def _check_ascending(where: str, what: str, rows: tuple[tuple[float, ...], ...]) -> None:
+    at = [row[0] for row in rows]
+    if at != sorted(set(at)):
+        raise ProfileError(f"{where}: {what} must ascend, not {at}")
+
+
+def _shape(table: ExpertTable | AttentionTable | LayerTable) -> tuple[int | str, ...]:
     if isinstance(table, ExpertTable):
         return table.hidden, table.width, table.bits
+    if isinstance(table, LayerTable):
+        return table.kind, table.hidden, table.size
     return table.hidden, table.heads, table.kv_heads, table.head_dim
 
 

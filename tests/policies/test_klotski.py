@@ -194,8 +194,8 @@ def test_times_of_a_block(make_setting: MakeSetting) -> None:
     )  # fmt: skip
     assert block_of(planner(setting, dense=True), 3, 2).attention_copy == 100
     # Prompts have 4 tokens: 2 sequences attend to 8, which take 3 each.
-    context = np.array([0, 3 << 20])
-    longer = setting._replace(costs=setting.costs._replace(context_fp=context))
+    context_fp = lab.per_attended(0, 3)
+    longer = setting._replace(costs=setting.costs._replace(context_fp=context_fp))
     assert block_of(planner(longer), 3, 2).attention == 100 + 24
 
 
@@ -232,7 +232,7 @@ def test_the_planner_takes_the_fewest_batches_that_hide_all(make_setting: MakeSe
     setting = small(make_setting)
     assert split("klotski:bs=2", setting) == (4, 2, 4)
     assert choose("klotski:bs=2").make(setting).place(setting).notices == ()
-    slow = setting._replace(costs=setting.costs._replace(attention_ns=lab.flat(99)))
+    slow = setting._replace(costs=setting.costs._replace(attention_ns=np.stack([lab.flat(99)] * 2)))
     assert split("klotski:bs=2", slow) == (4, 2, 5)
     assert split("klotski:bs=2,gate_waits_for_hot=false", slow) == (4, 2, 4)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moesim.policies.testing as lab
-from moesim.costs import CONTEXT_UNIT, build_costs
+from moesim.costs import build_costs
 from moesim.errors import PolicyError
 from moesim.model import load_model
 from moesim.policies.api import Setting
@@ -472,7 +472,7 @@ def test_the_plan_counts_by_the_cost_tables(make_setting: MakeSetting) -> None:
 def test_the_plan_counts_attention_on_the_gpu(make_setting: MakeSetting) -> None:
     """Each of 3 micro-batches attends to 30 tokens at most, for 9 each; 64 bytes of a token."""
     costs = lab.make_costs(4, attention=50, gate=10, gpu=20, copy_ns_per_kib=64, kv_bytes=64)
-    costs = costs._replace(context_fp=np.array([0, 9]) * CONTEXT_UNIT)
+    costs = costs._replace(context_fp=lab.per_attended(0, 9))
     setting = small(make_setting, 16 * 1024, kv_tokens=90)._replace(costs=costs)
     policy: Any = choose("moe-lightning:attention=gpu").make(setting)
     shown = dict(policy.plan(setting)[0].rows)

@@ -402,7 +402,7 @@ def test_a_token_s_times_by_hand(make_setting: MakeSetting) -> None:
     costs = lab.make_costs(
         2, attention=90, gate=10, gpu=40, combine=5, head=9, shared=7, copy_ns_per_kib=200
     )
-    costs = costs._replace(context_fp=np.array([0, 2 << 20]))
+    costs = costs._replace(context_fp=lab.per_attended(0, 2))
     setting = make_setting(8)._replace(costs=costs, sequences=3, kv_tokens=30, budget_bytes=8192)
     times = choose("moepic").make(setting).times  # type: ignore[attr-defined]
     assert times.window.tolist() == [212 + 9, 212]

@@ -194,7 +194,7 @@ def _numbers(profile: "HardwareProfile") -> dict[str, float]:
         if isinstance(value, dict):
             for key, below in value.items():
                 walk(below, f"{path}.{key}" if path else key)
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             found[path] = value
 
     plain = msgspec.to_builtins(profile)
@@ -285,7 +285,8 @@ def _sections(profile: "HardwareProfile") -> dict[str, str]:
         )
         or "none",
         "tables": f"{len(tables.expert_gpu)} of GPU experts,"
-        f" {len(tables.expert_cpu)} of CPU experts, {len(tables.attention)} of attention",
+        f" {len(tables.expert_cpu)} of CPU experts, {len(tables.attention)} of attention,"
+        f" {len(tables.layer)} of other parts of a layer",
     }
 
 
