@@ -10,7 +10,7 @@ class Device(Protocol):
     """A machine that computes and copies; `label` is what results say it is."""
 
     label: str
-    """`cuda`, `emulated`, or `cpu` for a machine without a device: it has the lane `cpu` only."""
+    """`cuda`, `emulated`, or `cpu` for a machine without a device, with lanes `cpu` and `disk`."""
     name: str
     """As the machine calls it."""
     memory_bytes: int

@@ -45,6 +45,7 @@ class Emulated:
             "cpu": Lane("cpu", cpu_threads),
             "h2d": Lane("h2d"),
             "d2h": Lane("d2h"),
+            "disk": Lane("disk"),
         }
         import torch
 

@@ -1,10 +1,12 @@
 """Lanes of a CUDA device, on a stand-in that notes what is called and in which order."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moesim.real.cuda import CudaClock, CudaLane, CudaTicket
@@ -119,8 +121,9 @@ def test_a_stream_waits_for_the_event_of_another_lane_once_it_is_recorded(driver
     for lane in (h2d, gpu):
         lane.close()
     assert isinstance(copy, CudaTicket)
-    waits = driver.calls.index(f"stream 1 waits for {copy.ended.name}")
-    assert driver.calls.index(f"stream 0 records {copy.ended.name}") < waits
+    ended = copy.marks[-1][1].name
+    waits = driver.calls.index(f"stream 1 waits for {ended}")
+    assert driver.calls.index(f"stream 0 records {ended}") < waits
     assert waits < driver.calls.index("run")
 
 
@@ -174,3 +177,72 @@ def test_issued_is_not_done(driver: Driver) -> None:
     assert not ticket.done
     driver.finished = True
     assert ticket.done
+
+
+class Stamp:
+    """An event of a device that stamps whole nanoseconds and tells milliseconds as CUDA does."""
+
+    def __init__(self, ns: int) -> None:
+        self.ns = ns
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: "Stamp") -> float:
+        return float(np.float32((other.ns - self.ns) / 1e6))
+
+
+class Stamps:
+    def Event(self, enable_timing: bool) -> Stamp:  # noqa: N802
+        return Stamp(0)
+
+
+def errors_ns(clock: CudaClock, moments: Iterable[int]) -> list[int]:
+    """Return by how many ns a clock is wrong about each moment, asked for in this order."""
+    start_ns = clock.ns(Stamp(0))
+    return [clock.ns(Stamp(ns)) - start_ns - ns for ns in moments]
+
+
+HOUR_NS = 3600 * 10**9
+
+
+def test_an_hour_of_events_is_exact_while_they_follow_closely() -> None:
+    """Gaps of up to 8 ms; the sum of two, at most 16 ms, is what the base moves by."""
+    gaps = np.random.default_rng(1).integers(1, 8_000_000, 900_000)
+    moments = np.cumsum(gaps)
+    assert moments[-1] >= HOUR_NS * 0.99
+    assert not any(errors_ns(CudaClock(Stamps()), map(int, moments)))
+
+
+@pytest.mark.parametrize("gap_ns", [16_777_217, 999_970_000, 1_023_999_961, 60 * 10**9 + 1])
+def test_rarer_events_are_right_to_a_tenth_of_a_microsecond_per_second(gap_ns: int) -> None:
+    """The same gap for an hour: whatever its rounding is, it adds up."""
+    moments = range(gap_ns, HOUR_NS, gap_ns)
+    found = errors_ns(CudaClock(Stamps()), moments)
+    assert all(abs(error) <= 1e-7 * ns for error, ns in zip(found, moments, strict=True))
+
+
+def test_neighbours_keep_their_distance_an_hour_later() -> None:
+    """Counted from the beginning both would be rounded to quarters of a millisecond."""
+    late = [HOUR_NS + 1_000, HOUR_NS + 2_000, HOUR_NS + 100_000]
+    assert Stamp(0).elapsed_time(Stamp(late[0])) == Stamp(0).elapsed_time(Stamp(late[2]))
+    clock = CudaClock(Stamps())
+    clock.ns(Stamp(HOUR_NS))
+    first, second, third = (clock.ns(Stamp(ns)) for ns in late)
+    assert (second - first, third - first) == (1_000, 99_000)
+
+
+def test_events_may_be_asked_for_in_any_order_by_any_thread() -> None:
+    """What is d seconds before the base is off by at most 0.1 µs x d."""
+    moments = [int(ns) for ns in np.random.default_rng(2).integers(0, 10**10, 4_000)]
+    clock = CudaClock(Stamps())
+    start_ns = clock.ns(Stamp(0))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda ns: clock.ns(Stamp(ns)), moments))
+    # The chain of bases is 10 s long at most, and no event is more than 10 s before its base.
+    assert all(
+        abs(found_ns - start_ns - ns) <= 2_000 for found_ns, ns in zip(found, moments, strict=True)
+    )

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from moesim.errors import CalibrationError
 from moesim.real.emulated import Emulated, Throttle, wait_until
-from moesim.real.lanes import Lane, Ticket, overlap_ns
+from moesim.real.lanes import BACKGROUND, URGENT, Lane, Ticket, overlap_ns
 
 
 def test_a_lane_does_one_after_the_other_in_order() -> None:
@@ -65,6 +66,142 @@ def test_a_lane_has_its_own_number_of_threads() -> None:
             name = lane.name
             lane.submit(lambda name=name: found.update({name: torch.get_num_threads()})).wait()  # type: ignore[misc]
     assert found == {"gpu": 1, "cpu": 2}
+
+
+# Two queues.
+
+
+class Gate:
+    """Work that blocks the lane until the test opens it, and notes that it was done."""
+
+    def __init__(self, seen: list[str], name: str) -> None:
+        self.seen = seen
+        self.name = name
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self.reached.set()
+        self.go.wait()
+        self.seen.append(self.name)
+
+
+def noting(seen: list[str], *names: str) -> list[Callable[[], None]]:
+    return [lambda name=name: seen.append(name) for name in names]  # type: ignore[misc]
+
+
+def test_what_is_urgent_goes_first_and_each_queue_keeps_its_order() -> None:
+    seen: list[str] = []
+    with Lane("h2d") as lane:
+        first = Gate(seen, "first")
+        lane.submit(first)
+        tickets = [
+            lane.submit(noting(seen, name), queue=BACKGROUND if name.islower() else URGENT)
+            for name in ("a", "b", "A", "c", "B")
+        ]
+        first.go.set()
+        for ticket in tickets:
+            ticket.wait()
+    assert seen == ["first", "A", "B", "a", "b", "c"]
+
+
+def test_between_two_pieces_the_background_makes_way() -> None:
+    """Urgent work that comes while the second of four pieces is done goes before the third."""
+    seen: list[str] = []
+    with Lane("h2d") as lane:
+        second = Gate(seen, "2")
+        pieces: list[Callable[[], None]] = [*noting(seen, "1"), second, *noting(seen, "3", "4")]
+        copy = lane.submit(pieces, queue=BACKGROUND)
+        second.reached.wait()
+        urgent = lane.submit(noting(seen, "urgent 1", "urgent 2"))
+        second.go.set()
+        copy.wait()
+    assert seen == ["1", "2", "urgent 1", "urgent 2", "3", "4"]
+    assert len(copy.stretches) == 2
+    assert copy.start_ns == copy.stretches[0][0] <= copy.stretches[0][1] <= urgent.start_ns
+    assert urgent.end_ns <= copy.stretches[1][0] <= copy.stretches[1][1] == copy.end_ns
+
+
+def test_a_blocked_head_blocks_its_own_queue_only() -> None:
+    seen: list[str] = []
+    with Lane("disk") as other, Lane("h2d") as lane:
+        read = Gate(seen, "read")
+        ticket = other.submit(read)
+        blocked = lane.submit(noting(seen, "urgent"), after=[ticket])
+        behind = lane.submit(noting(seen, "behind"))
+        lane.submit(noting(seen, "background"), queue=BACKGROUND).wait()
+        assert not blocked.done
+        read.go.set()
+        behind.wait()
+    assert seen == ["background", "read", "urgent", "behind"]
+
+
+def test_what_has_not_begun_can_be_taken_back() -> None:
+    seen: list[str] = []
+    with Lane("h2d") as lane:
+        first = Gate(seen, "first")
+        running = lane.submit([first, *noting(seen, "more")], queue=BACKGROUND)
+        queued = lane.submit(noting(seen, "never"), queue=BACKGROUND)
+        first.reached.wait()
+        assert not lane.cancel(running)
+        assert lane.cancel(queued)
+        assert queued.wait().cancelled
+        assert not lane.cancel(queued)
+        first.go.set()
+        running.wait()
+        assert not lane.cancel(running)
+    assert seen == ["first", "more"]
+    assert not queued.stretches
+
+
+def test_what_was_interrupted_cannot_be_taken_back() -> None:
+    seen: list[str] = []
+    with Lane("h2d") as lane:
+        first, urgent = Gate(seen, "1"), Gate(seen, "urgent")
+        copy = lane.submit([first, *noting(seen, "2")], queue=BACKGROUND)
+        first.reached.wait()
+        lane.submit(urgent)
+        first.go.set()
+        urgent.reached.wait()
+        assert not lane.cancel(copy)
+        urgent.go.set()
+        copy.wait()
+    assert seen == ["1", "urgent", "2"]
+
+
+def test_a_promoted_operation_is_the_last_of_the_urgent_ones() -> None:
+    seen: list[str] = []
+    with Lane("disk") as other, Lane("h2d") as lane:
+        read, first = Gate(seen, "read"), Gate(seen, "first")
+        reading = other.submit(read)
+        lane.submit(first)
+        first.reached.wait()
+        a, b, waits = (
+            lane.submit(noting(seen, name), after, queue=BACKGROUND)
+            for name, after in (("a", ()), ("b", ()), ("waits", [reading]))
+        )
+        lane.submit(noting(seen, "urgent"))
+        assert not lane.promote(waits)
+        assert lane.promote(b)
+        assert not lane.promote(b)
+        lane.submit(noting(seen, "later"), after=[reading])
+        assert not lane.promote(a)
+        first.go.set()
+        a.wait()
+        read.go.set()
+        waits.wait()
+    assert seen == ["first", "urgent", "b", "a", "read", "later", "waits"]
+
+
+def test_a_lane_remembers_its_first_error() -> None:
+    def fail(text: str) -> None:
+        raise RuntimeError(text)
+
+    with Lane("gpu") as lane:
+        assert lane.error is None
+        lane.submit(lambda: fail("one"))
+        lane.submit(lambda: fail("two"))
+        lane.submit(lambda: None).wait()
+        assert str(lane.error) == "one"
 
 
 def ran(lane: str, *spans: tuple[int, int]) -> list[Ticket]:

@@ -3,16 +3,10 @@
 import importlib
 import keyword
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import click
-
-UNITS = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
-}  # fmt: skip
 
 
 class Commands(click.Group):
@@ -111,8 +105,9 @@ def print_json(value: Any) -> None:
 def size_bytes(text: str) -> int:
     """Return a size such as 8GiB, 24GB or 1000000 in bytes; raise InputError for anything else."""
     from moesim.errors import InputError
+    from moesim.sizes import parse_size
 
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in UNITS:
+    size = parse_size(text)
+    if size is None:
         raise InputError(f"--budget {text}: write a size of 0 or more, as 8GiB, 24GB or 1000000")
-    return round(float(match[1]) * UNITS[match[2].upper()])
+    return size
