@@ -3,8 +3,8 @@
 There is a series for each number of new tokens, over the tokens attended to, summed over the new
 ones: `attention/gpu/prefill/<shape>/<tokens>` divides the same tokens among prompts of different
 lengths (n tokens attend to n (n + 1) / 2), `attention/gpu/decode/<shape>/<sequences>` has caches of
-different lengths. The shape is `<hidden>-<heads>-<kv_heads>-<head_dim>`. Together they say what
-norms and projections take, and what each token takes that is attended to (`split`).
+different lengths. The shape is `<hidden>-<heads>-<kv_heads>-<head_dim>`. A line through each says
+what norms and projections take, and what each token takes that is attended to (`rows`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moesim.calibrate.fit import MISSES, USUAL, worst
+from moesim.calibrate.fit import fit_line, worst
 from moesim.calibrate.series import Bench, Series, Task
 from moesim.calibrate.sweeps import (
     Call,
@@ -25,6 +25,7 @@ from moesim.calibrate.sweeps import (
     room_bytes,
     set_bytes,
     sweep,
+    sweep_seconds,
 )
 from moesim.errors import CalibrationError
 from moesim.model import GroupedQuery, ModelSpec
@@ -32,13 +33,17 @@ from moesim.profile import AttentionTable
 from moesim.real.operations import Attention, decode, prefill
 from moesim.types import FloatArray
 
-PROMPTS = {16: (1,), 64: (1,), 256: (1, 4), 1024: (1, 4, 16), 4096: (1, 4, 16)}
+PHASES = ("prefill", "decode")
+PROMPTS = {16: (1,), 64: (1,), 256: (1, 4), 512: (1, 4), 1024: (1, 4, 16), 4096: (1, 4, 16)}
 """New tokens of a prefill, and among how many prompts they are divided."""
 QUICK_PROMPTS = {32: (1,), 512: (1, 4)}
 APART = 2
 """Prompts among which tokens are divided for a held-out point, where there is more than one."""
-SEQUENCES = (1, 4, 16, 64)
+SEQUENCES = (1, 4, 8, 16, 64)
 QUICK_SEQUENCES = (1, 8)
+APART_TOKENS = 512
+APART_SEQUENCES = 8
+"""Numbers of tokens that lie between the others: all of their points are held out."""
 CONTEXTS = {128: False, 512: False, 1024: True, 2048: False, 4096: False}
 """Tokens that a sequence attends to in decode, its own included, and whether that is held out."""
 QUICK_CONTEXTS = {128: False, 1024: True, 2048: False}
@@ -48,29 +53,24 @@ LONGEST = 3.0
 """As `sweeps.LONGEST`, for prompts: a series of one point says nothing of the context."""
 
 
-class Split(NamedTuple):
-    """Times as a base by tokens, and a rate per token attended to, for each phase."""
+class Row(NamedTuple):
+    """What so many new tokens take: `ns`, and `per_attended_ns` for each token attended to."""
 
-    tokens: FloatArray
-    """Ascending."""
-    base_ns: FloatArray
-    """(tokens,): norms and projections."""
-    prefill_ns_per_attended: float
-    decode_ns_per_attended: float
-    residuals: FloatArray
-    """(fitted points,): (fitted - measured) / measured."""
-    held_out: FloatArray
-    """(held-out points,): likewise."""
+    tokens: int
+    ns: float
+    per_attended_ns: float
 
-    @property
-    def error(self) -> float:
-        """The largest relative error of a held-out point; of a fitted one if none was held out."""
-        return worst(self.residuals, self.held_out)
 
-    @property
-    def misses(self) -> bool:
-        """Whether it is farther off than a fit may be."""
-        return self.error > MISSES
+class Judged(NamedTuple):
+    """A table for a profile, and how far it is off."""
+
+    table: AttentionTable
+    residuals: dict[str, FloatArray]
+    """By phase, (fitted points,): (fitted - measured) / measured."""
+    held_out: dict[str, FloatArray]
+    """By phase, (held-out points,): likewise."""
+    off: dict[str, float]
+    """By phase, the largest relative error at a held-out point, or at a fitted one without any."""
 
 
 def shape_of(model: ModelSpec) -> tuple[int, int, int, int]:
@@ -101,13 +101,18 @@ def tasks(bench: Bench, models: Sequence[ModelSpec]) -> list[Task]:
     for shape in sorted(shapes):
         for tokens, divided in prompts.items():
             points = len(divided) + (len(divided) > 1)
-            run = partial(prefill_series, shape=shape, tokens=tokens, divided=divided)
+            apart = not bench.quick and tokens == APART_TOKENS
+            run = partial(
+                prefill_series, shape=shape, tokens=tokens, divided=divided, held_out=apart
+            )
             name = series_name("prefill", shape, tokens)
-            found.append(Task(name, bench.limits.seconds * points, run))
+            found.append(Task(name, sweep_seconds(bench, points), run))
         for count in sequences:
-            run = partial(decode_series, shape=shape, sequences=count, contexts=contexts)
+            apart = not bench.quick and count == APART_SEQUENCES
+            own = {context: apart or held_out for context, held_out in contexts.items()}
+            run = partial(decode_series, shape=shape, sequences=count, contexts=own)
             name = series_name("decode", shape, count)
-            found.append(Task(name, bench.limits.seconds * len(contexts), run))
+            found.append(Task(name, sweep_seconds(bench, len(contexts)), run))
     return found
 
 
@@ -134,11 +139,13 @@ def made(shape: tuple[int, int, int, int]) -> Attention:
 
 
 def prefill_series(
-    bench: Bench, shape: tuple[int, int, int, int], tokens: int, divided: Sequence[int]
-) -> Series:
+    bench: Bench, shape: tuple[int, int, int, int], tokens: int, divided: Sequence[int],
+    held_out: bool = False,
+) -> Series:  # fmt: skip
     """Return the times of a prefill of so many tokens, divided among different numbers of prompts.
 
-    `divided` holds those that are fitted; if there are several, `APART` is held out.
+    `divided` holds those that are fitted, unless all are held out; if there are several, `APART`
+    is held out, too.
     """
     import torch
 
@@ -146,7 +153,7 @@ def prefill_series(
     buffers = copies(bench, "gpu", made(shape))
     apart = (APART,) if len(divided) > 1 else ()
     prompts = {prompt_pairs(tokens, count): count for count in (*divided, *apart)}
-    sizes = sorted(Size(pairs, count in apart) for pairs, count in prompts.items())
+    sizes = sorted(Size(pairs, held_out or count in apart) for pairs, count in prompts.items())
 
     def prepare(pairs: int) -> Call:
         return lambda k: prefill(rows, prompts[pairs], buffers(k))
@@ -240,117 +247,77 @@ def described(phase: str, shape: tuple[int, int, int, int], tokens: int) -> dict
     }
 
 
-def split(found: Sequence[Series]) -> Split:
-    """Fit `base(tokens) + rate of the phase * attended` to the series of one shape.
+def rows(found: Sequence[Series]) -> tuple[Row, ...]:
+    """Fit `ns + per attended token * tokens attended to` to each number of new tokens of a phase.
 
-    By relative error, and linearly beyond a few percent, as `fit` does. Held-out points are only
-    judged.
+    Where only one context was measured, as for prompts that are too short to be divided, attending
+    takes what it takes for the nearest number of tokens, and the rest is left for `ns`.
 
-    Raises CalibrationError if a phase has no number of tokens with two different contexts, without
-    which its rate cannot be told from the base.
+    Raises CalibrationError if no number of tokens has two contexts that are not held out.
     """
-    from scipy.optimize import least_squares
-
-    for phase in ("prefill", "decode"):
-        own = [one for one in found if one.facts["phase"] == phase]
-        if not any(len({p.at for p in one.points if not p.held_out}) > 1 for one in own):
-            raise CalibrationError(f"in {phase} no number of tokens was measured with two contexts")
-    tokens = np.unique([tokens_of(one) for one in found if any(not p.held_out for p in one.points)])
-
-    def rows(held_out: bool) -> tuple[FloatArray, FloatArray]:
-        """Return what multiplies bases and rates, (points, tokens + 2), and times."""
-        lines, ns = [], []
-        for one in found:
-            for point in one.points:
-                if point.held_out == held_out and tokens_of(one) in tokens:
-                    line = np.zeros(len(tokens) + 2)
-                    line[np.searchsorted(tokens, tokens_of(one))] = 1
-                    line[-2 if one.facts["phase"] == "prefill" else -1] = point.at
-                    lines.append(line)
-                    ns.append(point.ns)
-        return np.array(lines).reshape(-1, len(tokens) + 2), np.array(ns, np.float64)
-
-    at, ns = rows(held_out=False)
-    start = np.maximum(np.linalg.lstsq(at / ns[:, None], np.ones(len(ns)), rcond=None)[0], 0)
-    # Each is searched for in units of what it alone would make of the smallest time that it is in.
-    alone = np.min(np.divide(ns[:, None], at, out=np.full(at.shape, np.inf), where=at > 0), axis=0)
-    scaled = at * alone / ns[:, None]
-    best = least_squares(
-        lambda values: scaled @ values - 1,
-        np.clip(start / alone, 1e-6, 1e6),
-        jac=lambda _: scaled,
-        bounds=(0, np.inf),
-        loss="soft_l1",
-        f_scale=USUAL,
-        xtol=1e-12,
-        ftol=1e-12,
-    )
-    values = best.x * alone
-    apart, truth = rows(held_out=True)
-    return Split(
-        tokens=tokens,
-        base_ns=values[:-2],
-        prefill_ns_per_attended=float(values[-2]),
-        decode_ns_per_attended=float(values[-1]),
-        residuals=at @ values / ns - 1,
-        held_out=apart @ values / truth - 1,
-    )
+    lines, single = [], []
+    for one in found:
+        own = [p for p in one.points if not p.held_out]
+        if len({p.at for p in own}) > 1:
+            at, ns = np.array([(p.at, p.ns) for p in own], np.float64).T
+            lines.append(Row(tokens_of(one), *map(float, fit_line(at, ns).parameters)))
+        elif own:
+            single.append((tokens_of(one), own[0]))
+    if not lines:
+        phase = found[0].facts["phase"] if found else "one phase"
+        raise CalibrationError(f"in {phase} no number of tokens was measured with two contexts")
+    for tokens, own_point in single:
+        nearest = min(lines, key=lambda row: abs(np.log(row.tokens / tokens)))
+        rate = min(nearest.per_attended_ns, own_point.ns / own_point.at)
+        lines.append(Row(tokens, own_point.ns - rate * own_point.at, rate))
+    return tuple(sorted(lines))
 
 
-def tokens_of(series: Series) -> float:
+def tokens_of(series: Series) -> int:
     """Return how many new tokens a series has."""
-    return float(series.facts["tokens"])
+    return int(series.facts["tokens"])
 
 
-def table(
+def judged(
     found: Sequence[Series], date: str = "", versions: Mapping[str, str] | None = None
-) -> tuple[AttentionTable, Split]:
-    """Return the table of one shape for a profile, and the fit that it is.
+) -> Judged:
+    """Return the table of one shape for a profile, and how far it is from all that was measured.
 
-    A base that is nothing beside the shortest time of its tokens is left out: there attending
-    takes it all.
-
-    Raises CalibrationError as `split` does, and where a phase's times hardly grow with the context,
-    so that its rate would be noise.
+    Raises CalibrationError as `rows` does, for either phase.
     """
-    own = split(found)
-    rates = own.prefill_ns_per_attended, own.decode_ns_per_attended
-    for phase, rate in zip(("prefill", "decode"), rates, strict=True):
-        if max(growth(one, rate) for one in found if one.facts["phase"] == phase) < USUAL:
-            raise CalibrationError(
-                f"times of {phase} hardly grow with the context; {rate:.3g} ns per token is noise"
-            )
-    least_ns = {
-        tokens: min(p.ns for one in found if tokens_of(one) == tokens for p in one.points)
-        for tokens in own.tokens
-    }
-    points = tuple(
-        (int(tokens), float(ns))
-        for tokens, ns in zip(own.tokens, own.base_ns, strict=True)
-        if ns > USUAL * least_ns[tokens]
-    )
-    if not points:
-        raise CalibrationError("attending takes all of the time; nothing is left for projections")
-    facts = found[0].facts
+    by_phase, residuals, held_out = {}, {}, {}
+    for phase in PHASES:
+        own = [one for one in found if one.facts["phase"] == phase]
+        by_phase[phase] = rows(own)
+        residuals[phase], held_out[phase] = (errors(own, by_phase[phase], a) for a in (False, True))
+    off = {phase: worst(residuals[phase], held_out[phase]) for phase in PHASES}
     note = (
-        f"attention of one layer, bfloat16, positions not rotated; base and rates fitted, "
-        f"{100 * own.error:.1f} % off at {'held-out' if len(own.held_out) else 'fitted'} points"
+        "attention of one layer, bfloat16, positions not rotated; a line by context for each number"
+        " of tokens, off at points held out by"
+        f" {', '.join(f'{100 * error:.1f} % in {phase}' for phase, error in off.items())}"
     )
-    return AttentionTable(
+    facts = found[0].facts
+    table = AttentionTable(
         hidden=int(facts["hidden"]),
         heads=int(facts["heads"]),
         kv_heads=int(facts["kv_heads"]),
         head_dim=int(facts["head_dim"]),
-        points=points,
-        prefill_ns_per_attended=rates[0],
-        decode_ns_per_attended=rates[1],
+        prefill=by_phase["prefill"],
+        decode=by_phase["decode"],
         provenance=provenance(found, note, date, versions or {}),
-    ), own
+    )
+    return Judged(table, residuals, held_out, off)
 
 
-def growth(series: Series, rate: float) -> float:
-    """Return how much of a series' longest time it has above its shortest, by a rate."""
-    at = [point.at for point in series.points if not point.held_out]
-    if not at:
-        return 0.0
-    return rate * (max(at) - min(at)) / max(point.ns for point in series.points)
+def errors(found: Sequence[Series], fitted: Sequence[Row], held_out: bool) -> FloatArray:
+    """Return (points,): how far lines between rows are from points, relative to these."""
+    tokens, ns, rates = np.array(fitted).T
+    own = []
+    for one in found:
+        own_ns, rate = (np.interp(tokens_of(one), tokens, column) for column in (ns, rates))
+        own += [
+            float(own_ns + rate * point.at) / point.ns - 1
+            for point in one.points
+            if point.held_out == held_out
+        ]
+    return np.array(own)

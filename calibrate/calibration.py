@@ -19,12 +19,23 @@ import msgspec
 import platformdirs
 
 from moesim.calibrate.facts import Facts, load_average, machine_facts, versions
+from moesim.calibrate.power import reading, watts
 from moesim.calibrate.series import Bench, Series, Task
 from moesim.errors import MoesimError
 
 MAX_STORED_BYTES = 10_000_000
-JUDGES = ("assembly.py", "calibration.py", "fit.py", "plausible.py", "plots.py")
+JUDGES = (
+    "assembly.py",
+    "calibration.py",
+    "fit.py",
+    "plausible.py",
+    "plots.py",
+    "sections.py",
+    "tables.py",
+)
 """Files of `calibrate` that do not measure."""
+LANES = ("cuda.py", "devices.py", "emulated.py", "lanes.py", "operations.py")
+"""Files of `real` on which something is measured."""
 
 Progress = Callable[[int, int, float, str], None]
 """Called with tasks done, all tasks, about how many seconds are left, and the task that begins;
@@ -40,6 +51,15 @@ class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     load: float
     """Of the machine just before; see `facts.Facts`."""
     versions: dict[str, str]
+    watts: dict[str, float] = {}
+    """Mean power of the whole task by source, as far as the machine tells it; see `power`."""
+
+
+class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A file: a series, and a digest of its bytes, which tells whether they are as written."""
+
+    sha256: str
+    kept: msgspec.Raw
 
 
 class Outcome(NamedTuple):
@@ -104,7 +124,7 @@ def run_tasks(
         if kept is not None:
             outcomes.append(Outcome(task.name, kept, "", True))
             continue
-        start, load_now = clock(), load_average()
+        start, load_now, counted = clock(), load_average(), reading(bench.device)
         try:
             series = task.run(bench)
             if series.name != task.name:
@@ -115,6 +135,7 @@ def run_tasks(
                 seconds=clock() - start,
                 load=load_now,
                 versions=versions(),
+                watts=watts(counted, reading(bench.device)),
             )
             store(made, file)
             outcomes.append(Outcome(task.name, made, "", False))
@@ -180,16 +201,18 @@ def code_digest() -> str:
     import moesim.real
 
     found = hashlib.sha256()
-    for package in (moesim.calibrate, moesim.real):
-        for path in sorted(Path(next(iter(package.__path__))).glob("*.py")):
-            if path.name not in JUDGES:
-                found.update(path.name.encode() + path.read_bytes())
+    own, real = (Path(next(iter(p.__path__))) for p in (moesim.calibrate, moesim.real))
+    measuring = [path for path in sorted(own.glob("*.py")) if path.name not in JUDGES]
+    for path in (*measuring, *(real / name for name in LANES)):
+        found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
 
 
 def store(kept: Kept, file: Path) -> None:
     """Write a series; it appears whole or not at all."""
-    write_text(file, msgspec.json.format(msgspec.json.encode(kept), indent=1).decode())
+    text = msgspec.json.encode(kept)
+    stored = Stored(sha256=hashlib.sha256(text).hexdigest(), kept=msgspec.Raw(text))
+    write_text(file, msgspec.json.encode(stored).decode())
 
 
 def write_text(file: Path, text: str) -> None:
@@ -209,7 +232,10 @@ def load(file: Path, task: Task) -> Kept | None:
     try:
         if file.stat().st_size > MAX_STORED_BYTES:
             return None
-        kept = msgspec.json.decode(file.read_bytes(), type=Kept)
+        stored = msgspec.json.decode(file.read_bytes(), type=Stored)
+        if hashlib.sha256(stored.kept).hexdigest() != stored.sha256:
+            return None
+        kept = msgspec.json.decode(stored.kept, type=Kept)
     except (OSError, msgspec.DecodeError):
         return None
     return kept if kept.series.name == task.name else None

@@ -15,7 +15,7 @@ import numpy as np
 
 from moesim.calibrate.fit import Fit, fit_line
 from moesim.calibrate.memory import arena_bytes, device_arena, host_arena, rotating
-from moesim.calibrate.series import Bench, Point, Series, Task, point
+from moesim.calibrate.series import Bench, Point, Series, Task, point, tabled
 from moesim.calibrate.timing import Limits, Timed, measure
 from moesim.errors import CalibrationError
 from moesim.profile import Channel
@@ -33,10 +33,13 @@ CHUNK_LOSS = 0.05
 
 
 class FittedChannel(NamedTuple):
-    """A channel of a profile, and the fit that says how well it describes the copies."""
+    """A channel of a profile, and how well it describes the copies."""
 
     channel: Channel
+    """Interpolated if the fit misses, and lines between its points do not miss as far."""
     fit: Fit
+    error: float
+    """The largest relative error at a point held out, of what is used."""
 
 
 def ladder(smallest: int, largest: int, *, quick: bool) -> list[int]:
@@ -195,14 +198,20 @@ def fit_channel(series: Series) -> FittedChannel:
             np.array([p.ns for p in own]),
             (np.array([p.at for p in apart]), np.array([p.ns for p in apart])) if apart else None,
         )
-    except CalibrationError as error:
-        raise CalibrationError(f"{series.name}: {error}") from None
+    except CalibrationError as problem:
+        raise CalibrationError(f"{series.name}: {problem}") from None
     latency_ns, ns_per_byte = map(float, fit.parameters)
     if not 1e-9 <= ns_per_byte <= 1e6:
         raise CalibrationError(
             f"{series.name}: {ns_per_byte:g} ns per byte is no rate; 1e-9 to 1e+6 are legal"
         )
-    return FittedChannel(Channel(latency_ns=round(latency_ns), bytes_per_s=1e9 / ns_per_byte), fit)
+    points, error = tabled(series)
+    better = fit.misses and error is not None and error < fit.error
+    channel = Channel(
+        latency_ns=round(latency_ns), bytes_per_s=1e9 / ns_per_byte, points=points,
+        interpolated=better,
+    )  # fmt: skip
+    return FittedChannel(channel, fit, error if better and error is not None else fit.error)
 
 
 def chunk_bytes(series: Series) -> int:

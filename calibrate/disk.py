@@ -5,6 +5,7 @@ process however that ends. A virtual machine's host may have a cache of its own,
 can pass by; the facts say so.
 """
 
+import itertools
 import mmap
 import os
 import shutil
@@ -21,7 +22,7 @@ from moesim.calibrate.memory import is_virtual
 from moesim.calibrate.series import Bench, Series, Task, point
 from moesim.calibrate.timing import measure
 from moesim.errors import CalibrationError
-from moesim.real.lanes import Lane
+from moesim.real.lanes import Lane, Work
 
 FILE_BYTES = 1 << 30
 QUICK_FILE_BYTES = 128 << 20
@@ -129,68 +130,89 @@ def fill(handle: int, size_bytes: int) -> None:
             block, left = block[done:], left - done
 
 
-def reader(file: Opened, size_bytes: int, lane: Lane) -> Callable[[], int]:
-    """Return an operation that reads the file's next stretch on a lane, and how long it took.
+def stretches(file: Opened, size_bytes: int) -> Iterator[tuple[Work, Work]]:
+    """Give what drops a file's next stretch from the page cache, and what reads it, for ever.
 
-    At the end it begins anew. Without O_DIRECT the stretch is dropped from the page cache before.
+    At the end it begins anew; all are read into the same memory. O_DIRECT leaves nothing to drop.
     """
     buffer = mmap.mmap(-1, size_bytes)
     buffer.write(bytes(size_bytes))
-    starts = range(0, file.size_bytes - size_bytes + 1, size_bytes)
-    position = -1
+
+    def drop(start: int) -> None:
+        os.posix_fadvise(file.handle, start, size_bytes, os.POSIX_FADV_DONTNEED)
 
     def read(start: int) -> None:
         got = os.preadv(file.handle, [buffer], start)
         if got != size_bytes:
             raise CalibrationError(f"disk: {got} bytes were read instead of {size_bytes}")
 
+    for start in itertools.cycle(range(0, file.size_bytes - size_bytes + 1, size_bytes)):
+        yield partial(drop, start), partial(read, start)
+
+
+def reader(file: Opened, size_bytes: int, lane: Lane) -> Callable[[], int]:
+    """Return an operation that reads the file's next stretch on a lane, and how long it took."""
+    following = stretches(file, size_bytes)
+
     def once() -> int:
-        nonlocal position
-        position = (position + 1) % len(starts)
-        start = starts[position]
-        if file.way != "O_DIRECT":
-            os.posix_fadvise(file.handle, start, size_bytes, os.POSIX_FADV_DONTNEED)
-        return lane.submit(partial(read, start)).wait().ns
+        drop, read = next(following)
+        drop()
+        return lane.submit(read).wait().ns
 
     return once
+
+
+def read_job(file: Opened, size_bytes: int) -> Callable[[], Work]:
+    """Return what gives the next read, to be queued behind others: it drops its stretch itself."""
+    following = stretches(file, size_bytes)
+
+    def job() -> Work:
+        drop, read = next(following)
+        return lambda: (drop(), read())
+
+    return job
+
+
+def file_bytes(bench: Bench) -> int:
+    """Return how large a file to read from is."""
+    return QUICK_FILE_BYTES if bench.quick else FILE_BYTES
+
+
+def write_seconds(bench: Bench) -> float:
+    """Return about how long it takes to write that file."""
+    return 1 if bench.quick else 8
+
+
+def described(file: Opened, folder: Path) -> dict[str, float | str]:
+    """Return the facts of what is read."""
+    virtual = "the host of this virtual machine may have it in memory"
+    return {
+        "past_page_cache_by": file.way,
+        "file_bytes": file.size_bytes,
+        "file_system": file_system(folder),
+        "virtual": virtual if is_virtual() else "no",
+    }
 
 
 def disk_series(bench: Bench, folder: Path | None = None, size_bytes: int = 0) -> Series:
     """Return the times of reads by bytes, of a file in a folder, `usual_folder` if None.
 
-    `size_bytes` is the file's, 0 being 1 GiB, or 128 MiB if it is to be quick. The lane `disk` is
-    made for it where the device has none.
+    `size_bytes` is the file's, 0 being that of `file_bytes`.
     """
     where = usual_folder() if folder is None else folder
-    size_bytes = size_bytes or (QUICK_FILE_BYTES if bench.quick else FILE_BYTES)
-    own = None if "disk" in bench.device.lanes else Lane("disk")
-    lane = own or bench.device.lanes["disk"]
+    lane = bench.device.lanes["disk"]
     points = []
-    try:
-        with temporary_file(where, size_bytes) as file:
-            for size in sorted(SIZES + HELD_OUT):
-                if size <= file.size_bytes:
-                    timed = measure(reader(file, size, lane), bench.limits)
-                    points.append(point(size, timed, held_out=size in HELD_OUT))
-    finally:
-        if own is not None:
-            own.close()
+    with temporary_file(where, size_bytes or file_bytes(bench)) as file:
+        for size in sorted(SIZES + HELD_OUT):
+            if size <= file.size_bytes:
+                timed = measure(reader(file, size, lane), bench.limits)
+                points.append(point(size, timed, held_out=size in HELD_OUT))
     return Series(
-        name="disk/read",
-        unit="bytes",
-        points=tuple(points),
-        facts={
-            "past_page_cache_by": file.way,
-            "file_bytes": size_bytes,
-            "file_system": file_system(where),
-            "virtual": "the host of this virtual machine may have it in memory"
-            if is_virtual()
-            else "no",
-        },
+        name="disk/read", unit="bytes", points=tuple(points), facts=described(file, where)
     )
 
 
 def tasks(bench: Bench, folder: Path | None = None) -> list[Task]:
     """Return what is to be measured; `folder` is where the temporary file goes."""
-    seconds = bench.limits.seconds * len(SIZES + HELD_OUT) + (1 if bench.quick else 8)
+    seconds = bench.limits.seconds * len(SIZES + HELD_OUT) + write_seconds(bench)
     return [Task("disk/read", seconds, partial(disk_series, folder=folder))]

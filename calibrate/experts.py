@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.calibrate.fit import Fit, fit_floor
-from moesim.calibrate.series import Bench, Point, Series, Task
+from moesim.calibrate.series import Bench, Point, Series, Task, tabled
 from moesim.calibrate.sweeps import (
     Call,
     Size,
@@ -22,6 +22,7 @@ from moesim.calibrate.sweeps import (
     placed,
     provenance,
     sweep,
+    sweep_seconds,
 )
 from moesim.errors import CalibrationError
 from moesim.model import ModelSpec
@@ -63,7 +64,7 @@ def tasks(
                 f"no precision {precision!r}; there are: {', '.join(PRECISIONS)}"
             )
     shapes = sorted({(model.hidden, model.expert_width) for model in models})
-    seconds = bench.limits.seconds * len(QUICK_TOKENS if bench.quick else TOKENS)
+    seconds = sweep_seconds(bench, len(QUICK_TOKENS if bench.quick else TOKENS))
     return [
         Task(
             f"expert/{lane}/{hidden}x{width}/{PRECISIONS[precision]}",
@@ -152,7 +153,7 @@ def judged(series: Series, date: str = "", versions: Mapping[str, str] | None = 
     inside = [p for p in series.points if p.held_out and at[0] <= p.at <= at[-1]]
     apart, truth = columns([(point.at, point.ns) for point in inside])
     fit = fit_floor(at, ns, (apart, truth) if len(apart) else None) if len(at) >= 3 else None
-    table_error = float(np.abs(np.interp(apart, at, ns) / truth - 1).max()) if len(apart) else None
+    points, table_error = tabled(series)
     bits = series.name.rpartition("/")[2].removesuffix("-fp16")
     table = None
     if bits in ("16", "8", "4"):
@@ -166,10 +167,33 @@ def judged(series: Series, date: str = "", versions: Mapping[str, str] | None = 
             hidden=int(series.facts["hidden"]),
             width=int(series.facts["width"]),
             bits={"16": 16, "8": 8, "4": 4}[bits],  # type: ignore[arg-type]
-            points=tuple((int(point.at), point.ns) for point in kept),
+            points=points,
             provenance=provenance([series], note, date, versions or {}),
         )
     return Judged(table, table_error, fit)
+
+
+def remarks(found: Sequence[Series]) -> list[str]:
+    """Return a line for each expert that no table is made of: what it takes, or why nothing."""
+    lines = []
+    names = {one.name for one in found if one.points}
+    for one in found:
+        if not one.name.startswith("expert/"):
+            continue
+        if "unsupported" in one.facts:
+            lines.append(f"{one.name}: no kernel for it: {one.facts['unsupported']}")
+            continue
+        plain = one.name.removesuffix("-fp16")
+        if one.name.endswith("/32"):
+            why = "profiles have no table of 32 bits"
+        elif plain != one.name and plain in names:
+            why = "the table of 16 bits is that of bf16"
+        else:
+            continue
+        ends = dict.fromkeys((one.points[0], one.points[-1]))
+        times = ", ".join(f"{p.ns / 1e6:.3g} ms at n = {p.at:.0f}" for p in ends)
+        lines.append(f"{one.name}: {times}; {why}")
+    return lines
 
 
 def columns(pairs: Sequence[tuple[float, float]]) -> tuple[FloatArray, FloatArray]:

@@ -3,12 +3,18 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from statistics import median
 
 import msgspec
 
 from moesim import __version__
-from moesim.real.devices import processor_name, usable_threads
+from moesim.real.devices import (
+    CPUINFO,
+    host_memory_bytes,
+    processor_name,
+    usable_cores,
+    usable_threads,
+)
 
 BUSY = 0.25
 """Load per thread from which a machine is called busy: somebody else's work is measured, too."""
@@ -18,10 +24,15 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """A machine at one moment."""
 
     cpu: str
+    cores: int
+    """Physical ones that the process may use."""
     threads: int
+    """Of the hardware, on those cores."""
     memory_bytes: int
     load: float
     """Runnable threads, mean over a minute; below 0 where the system does not tell."""
+    mhz: float
+    """The processor's clock at this moment; 0 where the system does not tell."""
 
     @property
     def busy(self) -> bool:
@@ -33,9 +44,11 @@ def machine_facts() -> Facts:
     """Return what the system says."""
     return Facts(
         cpu=processor_name(),
+        cores=usable_cores(),
         threads=usable_threads(),
         memory_bytes=host_memory_bytes(),
         load=load_average(),
+        mhz=clock_mhz(),
     )
 
 
@@ -47,17 +60,14 @@ def load_average() -> float:
         return -1.0
 
 
-def host_memory_bytes() -> int:
-    """Return the host's memory, or what a container may use of it; 0 where it is not told."""
+def clock_mhz() -> float:
+    """Return the median clock of the processor's threads; 0 where the system does not tell."""
     try:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        limit = "max"
-    return min(whole, int(limit)) if limit.isdigit() else whole
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+        found = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    except (OSError, ValueError):
+        return 0.0
+    return median(found) if found else 0.0
 
 
 def versions() -> dict[str, str]:

@@ -1,22 +1,28 @@
 """How far lanes slow down while others are busy: what each of them measured alone gets wrong.
 
 Every set of lanes works together for a while, each lane on operations of real sizes: experts on
-`gpu` and `cpu`, copies of one expert on `h2d` and `d2h`. Of those only operations count that lie
-wholly inside the time in which all lanes of the set were busy. Before and after, each lane works
-alone for as long, and the mean of the two is what it is compared with, so that a drift of the
-machine cancels. A factor is the time alone over the time together.
+`gpu` and `cpu`, copies of one expert on `h2d` and `d2h`, reads past the page cache on `disk`. Of
+those only operations count that lie wholly inside the time in which all lanes of the set were busy.
+Before and after, each lane works alone, and the mean of the two is what it is compared with, so
+that a drift of the machine cancels. A factor is the time alone over the time together.
+
+Series are named `interference/<hidden>x<width>/<lanes>`, the lanes joined by `+`.
 """
 
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
+from moesim.calibrate import disk
 from moesim.calibrate.memory import (
     LEAST_ARENA_BYTES,
+    PAGE_BYTES,
     arena_bytes,
     cache_bytes,
     device_arena,
@@ -27,6 +33,7 @@ from moesim.calibrate.timing import Limits, summary
 from moesim.errors import CalibrationError
 from moesim.profile import Contention
 from moesim.real.lanes import Ticket, Work, overlap_ns
+from moesim.real.operations import expert
 from moesim.types import LANES, FloatArray
 
 ROUNDS = 4
@@ -38,8 +45,10 @@ LEAST_OVERLAP = 0.8
 a lane thread needs a moment; a lower share means that a lane stood still."""
 ALONE_AROUND = 1.5
 """Work is queued for so many times the time that is asked for, so that no lane ends early."""
-HIDDEN, WIDTH = 2048, 768
-"""An expert of Qwen3-30B-A3B, unless another shape is given."""
+TOKENS = 4
+"""That an expert computes: few, as in decode, so that it is memory that lanes compete for."""
+READ_BYTES = 4 << 20
+"""Of one read, unless an expert is smaller: a larger one is many of these in a row."""
 
 Jobs = Mapping[str, Callable[[], Work]]
 """By lane, what gives its next operation."""
@@ -131,11 +140,15 @@ def keep_busy(
 
 def count_for(ns: float, seconds: float) -> int:
     """Return how many operations of so many ns fill the time, within reason."""
-    return int(min(100_000, max(3 * LEAST_INSIDE, seconds * 1e9 / max(1.0, ns))))
+    return int(min(100_000, max(LEAST_INSIDE, seconds * 1e9 / max(1.0, ns))))
 
 
-def measure_set(bench: Bench, jobs: Jobs, lanes: Sequence[str], seconds: float) -> Series:
+def measure_set(
+    bench: Bench, jobs: Jobs, lanes: Sequence[str], name: str, seconds: float
+) -> Series:
     """Return what these lanes do to each other, `seconds` being the time for one phase.
+
+    It is longer where operations take so long that too few of them would lie inside.
 
     One point per lane, `at` being its index in `types.LANES`: its operations together with the
     others. Facts hold, by lane, the time alone (`alone_ns/cpu`), `factor/cpu` and so on.
@@ -143,7 +156,6 @@ def measure_set(bench: Bench, jobs: Jobs, lanes: Sequence[str], seconds: float) 
     Raises CalibrationError where the lanes cannot be shown to have worked at once.
     """
     rounds = QUICK_ROUNDS if bench.quick else ROUNDS
-    name = "+".join(lanes)
     warm = {lane: keep_busy(bench, jobs, [lane], {lane: LEAST_INSIDE}) for lane in lanes}
     paces = {lane: float(np.median([t.ns for t in warm[lane][0]])) for lane in lanes}
     alone: dict[str, list[float]] = {lane: [] for lane in lanes}
@@ -160,14 +172,17 @@ def measure_set(bench: Bench, jobs: Jobs, lanes: Sequence[str], seconds: float) 
 
     each_alone()
     for _ in range(rounds):
-        counts = {lane: count_for(paces[lane], seconds * ALONE_AROUND) for lane in lanes}
+        # Three times what is needed: the slowest may be slowed down most, and its first one begins
+        # before the others.
+        longest = max(seconds * ALONE_AROUND, 3 * LEAST_INSIDE * max(paces.values()) / 1e9)
+        counts = {lane: count_for(paces[lane], longest) for lane in lanes}
         phase = keep_busy(bench, jobs, lanes, counts)
         start, end = together(phase)
         shares.append(overlap_share(phase, start, end))
         if shares[-1] < LEAST_OVERLAP:
             raise CalibrationError(
-                f"interference: lanes {name} were busy at once in {shares[-1]:.2f} of the time; "
-                f"at least {LEAST_OVERLAP} is legal"
+                f"interference: lanes {'+'.join(lanes)} were busy at once in {shares[-1]:.2f} of "
+                f"the time; at least {LEAST_OVERLAP} is legal"
             )
         for lane, tickets in zip(lanes, phase, strict=True):
             times = inside(tickets, start, end)
@@ -175,12 +190,13 @@ def measure_set(bench: Bench, jobs: Jobs, lanes: Sequence[str], seconds: float) 
             medians[lane].append(float(np.median(times)))
         each_alone()
     found = {lane: slowed(alone[lane][:-1], medians[lane], alone[lane][1:]) for lane in lanes}
-    return set_series(lanes, found, alone, mixed, shares, bench.limits)
+    return set_series(name, lanes, found, alone, mixed, shares, bench.limits)
 
 
 def set_series(
-    lanes: Sequence[str], found: Mapping[str, Slowed], alone: Mapping[str, Sequence[float]],
-    mixed: Mapping[str, Sequence[int]], shares: Sequence[float], limits: Limits,
+    name: str, lanes: Sequence[str], found: Mapping[str, Slowed],
+    alone: Mapping[str, Sequence[float]], mixed: Mapping[str, Sequence[int]],
+    shares: Sequence[float], limits: Limits,
 ) -> Series:  # fmt: skip
     """Return a set's measurements as a series."""
     facts: dict[str, float | str] = {"overlap_share": min(shares), "rounds": len(shares)}
@@ -193,9 +209,7 @@ def set_series(
         if slow.raw > 1:
             facts[f"clipped/{lane}"] = f"{slow.raw:.4f} was measured; 1 is the most that is legal"
         points.append(point(LANES.index(lane), summary(np.array(mixed[lane], np.float64), limits)))
-    return Series(
-        name="interference/" + "+".join(lanes), unit="lane", points=tuple(points), facts=facts
-    )
+    return Series(name=name, unit="lane", points=tuple(points), facts=facts)
 
 
 def contention(series: Series) -> Contention:
@@ -221,14 +235,7 @@ def contention(series: Series) -> Contention:
 # What keeps lanes busy.
 
 
-def expert(x: Any, up: Any, gate: Any, down: Any) -> Any:
-    """Compute a gated FFN: (tokens, hidden) in and out."""
-    import torch
-
-    return torch.nn.functional.silu(x @ gate.T) * (x @ up.T) @ down.T
-
-
-def expert_job(arena: Any, x: Any, hidden: int, width: int) -> Callable[[], Work]:
+def expert_job(arena: Any, rows: Any, hidden: int, width: int) -> Callable[[], Work]:
     """Return what gives the next expert of those whose weights lie in an arena of bytes."""
     import torch
 
@@ -237,10 +244,11 @@ def expert_job(arena: Any, x: Any, hidden: int, width: int) -> Callable[[], Work
     experts = itertools.cycle(range(len(weights) // params))
 
     def parts(start: int) -> list[Any]:
-        up, gate, down = weights[start : start + params].split(hidden * width)
-        return [up.view(width, hidden), gate.view(width, hidden), down.view(hidden, width)]
+        own = weights[start : start + params]
+        gate_up, down = own.split([2 * hidden * width, hidden * width])
+        return [gate_up.view(2 * width, hidden), down.view(hidden, width)]
 
-    return lambda: partial(expert, x, *parts(next(experts) * params))
+    return lambda: partial(expert, rows, *parts(next(experts) * params))
 
 
 def copy_job(
@@ -259,40 +267,39 @@ def copy_job(
     return following
 
 
-def real_jobs(bench: Bench, hidden: int = HIDDEN, width: int = WIDTH, tokens: int = 4) -> Jobs:
-    """Return work of a model's sizes for each lane that the device has.
+def real_jobs(bench: Bench, lanes: Sequence[str], hidden: int, width: int) -> Jobs:
+    """Return work of a model's sizes for each of these lanes but `disk`.
 
     Experts and copies rotate through memory larger than the caches, and no two lanes write to the
     same place.
 
-    Raises CalibrationError if the device's memory does not hold three pairs of experts.
+    Raises CalibrationError if the device's memory does not hold four experts.
     """
     import torch
 
-    lanes, size = bench.device.lanes, 6 * hidden * width
+    size = 6 * hidden * width
     jobs: dict[str, Callable[[], Work]] = {}
     if "cpu" in lanes:
-        wanted = arena_bytes(bench, size, on_device=False)
-        whole = max(2, wanted // size) * size
-        x = torch.ones(tokens, hidden, dtype=torch.bfloat16)
-        jobs["cpu"] = expert_job(weights_like(host_arena(bench, whole)), x, hidden, width)
+        whole = max(1, arena_bytes(bench, size, on_device=False) // size) * size
+        rows = torch.ones(TOKENS, hidden, dtype=torch.bfloat16)
+        jobs["cpu"] = expert_job(weights_like(host_arena(bench, whole)), rows, hidden, width)
+    wanted = -(-max(2 * cache_bytes(), LEAST_ARENA_BYTES) // size)
+    slots = min(wanted, bench.device.memory_bytes // 4 // size)
+    if slots < 1 and not {"gpu", "h2d", "d2h"}.isdisjoint(lanes):
+        raise CalibrationError(
+            f"interference: {bench.device.memory_bytes} bytes of device memory are too little "
+            f"for experts of {size}; {4 * size} are needed"
+        )
     if "gpu" in lanes:
-        each = max(2 * cache_bytes(), LEAST_ARENA_BYTES) // size
-        slots = min(max(2, each), bench.device.memory_bytes // 4 // size)
-        if slots < 2:
-            raise CalibrationError(
-                f"interference: {bench.device.memory_bytes} bytes of device memory are too little "
-                f"for experts of {size}; {8 * size} are needed"
-            )
         weights = bench.device.empty(slots * size, dtype=torch.uint8)
-        x = bench.device.empty(tokens, hidden, dtype=torch.bfloat16)
-        lanes["gpu"].submit(lambda: (weights_like(weights), x.fill_(1))).wait()
-        jobs["gpu"] = expert_job(weights, x, hidden, width)
-        for lane in ("h2d", "d2h"):
-            if lane in lanes:
-                host = host_arena(bench, slots * size)
-                device = device_arena(bench, slots * size)
-                jobs[lane] = copy_job(bench, lane, host, device, size)
+        rows = bench.device.empty(TOKENS, hidden, dtype=torch.bfloat16)
+        bench.device.lanes["gpu"].submit(lambda: (weights_like(weights), rows.fill_(1))).wait()
+        jobs["gpu"] = expert_job(weights, rows, hidden, width)
+    for lane in ("h2d", "d2h"):
+        if lane in lanes:
+            host = host_arena(bench, slots * size)
+            device = device_arena(bench, slots * size)
+            jobs[lane] = copy_job(bench, lane, host, device, size)
     return jobs
 
 
@@ -305,25 +312,50 @@ def weights_like(arena: Any) -> Any:
 
 
 def lane_sets(lanes: Sequence[str], *, quick: bool) -> list[tuple[str, ...]]:
-    """Return every pair of lanes, and all larger sets too unless it is to be quick."""
+    """Return every pair of lanes, and all larger sets without `disk`.
+
+    If it is to be quick, only the pairs without it.
+    """
     known = [lane for lane in LANES if lane in lanes and lane != "disk"]
     most = min(2, len(known)) if quick else len(known)
-    return [s for n in range(2, most + 1) for s in itertools.combinations(known, n)]
+    sets = [s for n in range(2, most + 1) for s in itertools.combinations(known, n)]
+    with_disk = [(lane, "disk") for lane in known if "disk" in lanes and not quick]
+    return [*sets, *with_disk]
 
 
-def tasks(bench: Bench, hidden: int = HIDDEN, width: int = WIDTH) -> list[Task]:
+def series(bench: Bench, lanes: Sequence[str], hidden: int, width: int) -> Series:
+    """Return what these lanes do to each other at work on experts of a shape.
+
+    Raises CalibrationError as `measure_set` and `real_jobs` do, and where a disk cannot be read.
+    """
+    jobs = dict(real_jobs(bench, lanes, hidden, width))
+    facts: dict[str, float | str] = {"hidden": hidden, "width": width, "tokens": TOKENS}
+    name = series_name(lanes, hidden, width)
+    with ExitStack() as stack:
+        if "disk" in lanes:
+            folder = disk.usual_folder()
+            file = stack.enter_context(disk.temporary_file(folder, disk.file_bytes(bench)))
+            size = min(READ_BYTES, -(-6 * hidden * width // PAGE_BYTES) * PAGE_BYTES)
+            jobs["disk"] = disk.read_job(file, size)
+            facts |= {"read_bytes": size, **disk.described(file, folder)}
+        found = measure_set(bench, jobs, lanes, name, bench.limits.seconds)
+    return msgspec.structs.replace(found, facts={**facts, **found.facts})
+
+
+def series_name(lanes: Sequence[str], hidden: int, width: int) -> str:
+    """Return the name of a series."""
+    return f"interference/{hidden}x{width}/{'+'.join(lanes)}"
+
+
+def tasks(bench: Bench, hidden: int, width: int) -> list[Task]:
     """Return what is to be measured on this device, for experts of a shape."""
-
-    def run(bench: Bench, lanes: tuple[str, ...]) -> Series:
-        jobs = real_jobs(bench, hidden, width)
-        return measure_set(bench, jobs, lanes, bench.limits.seconds)
-
     rounds = QUICK_ROUNDS if bench.quick else ROUNDS
     return [
         Task(
-            "interference/" + "+".join(lanes),
-            bench.limits.seconds * ((rounds + 1) * len(lanes) / 2 + 2 * rounds),
-            partial(run, lanes=lanes),
+            series_name(lanes, hidden, width),
+            bench.limits.seconds * ((rounds + 1) * len(lanes) / 2 + 2 * rounds)
+            + ("disk" in lanes) * disk.write_seconds(bench),
+            partial(series, lanes=lanes, hidden=hidden, width=width),
         )
         for lanes in lane_sets(list(bench.device.lanes), quick=bench.quick)
     ]

@@ -1,6 +1,6 @@
-"""How long the rest of a layer takes on the lane `gpu`: router, shared experts, combining, head.
+"""How long the rest of a layer takes on the lane `gpu`: router, FFN, combining, head.
 
-Series are named `gate/gpu/<hidden>x<experts>`, `shared/gpu/<hidden>x<width>`,
+Series are named `gate/gpu/<hidden>x<experts>`, `ffn/gpu/<hidden>x<width>`,
 `combine/gpu/<hidden>x<top_k>` and `head/gpu/<hidden>x<vocabulary>`, all in bfloat16. Attention has
 a file of its own, and its tasks are among those of this one.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from moesim.calibrate import attention, experts
 from moesim.calibrate.series import Bench, Series, Task
-from moesim.calibrate.sweeps import Call, Size, copies, grid, noise, placed, sweep
+from moesim.calibrate.sweeps import Call, Size, copies, grid, noise, placed, sweep, sweep_seconds
 from moesim.model import ModelSpec
 from moesim.real import operations
 
@@ -31,17 +31,17 @@ def tasks(bench: Bench, models: Sequence[ModelSpec]) -> list[Task]:
     found: dict[str, Task] = {}
 
     def add(name: str, run: Callable[..., Series], sizes: Sequence[Size], **shape: int) -> None:
-        seconds = bench.limits.seconds * len(sizes)
+        seconds = sweep_seconds(bench, len(sizes))
         task = Task(name, seconds, partial(run, name=name, sizes=sizes, **shape))
         found.setdefault(name, task)
 
     for model in models:
-        hidden, top_k, width = model.hidden, model.top_k, model.shared_width
+        hidden, top_k = model.hidden, model.top_k
         routed = model.experts + model.weightless_experts
         name = f"gate/gpu/{hidden}x{routed}"
         add(name, gate, tokens, hidden=hidden, experts=routed, top_k=top_k)
-        if width:
-            add(f"shared/gpu/{hidden}x{width}", shared, tokens, hidden=hidden, width=width)
+        for width in {model.shared_width, model.dense_width} - {0}:
+            add(f"ffn/gpu/{hidden}x{width}", ffn, tokens, hidden=hidden, width=width)
         add(f"combine/gpu/{hidden}x{top_k}", combine, tokens, hidden=hidden, top_k=top_k)
         add(f"head/gpu/{hidden}x{model.vocab}", head, sequences, hidden=hidden, vocab=model.vocab)
     return [*attention.tasks(bench, models), *(found[name] for name in sorted(found))]
@@ -58,8 +58,8 @@ def gate(
     )  # fmt: skip
 
 
-def shared(bench: Bench, name: str, sizes: Sequence[Size], hidden: int, width: int) -> Series:
-    """Return the times of a layer's shared experts together, by tokens."""
+def ffn(bench: Bench, name: str, sizes: Sequence[Size], hidden: int, width: int) -> Series:
+    """Return the times of a layer's shared experts together, or of a dense layer, by tokens."""
     return by_tokens(
         bench, name, sizes, [(hidden,)], [(2 * width, hidden), (hidden, width)],
         lambda rows, weights: operations.expert(rows[0], weights[0], weights[1]),

@@ -90,13 +90,16 @@ def draw_expert(
 
 
 def draw_copies(axes: Any, costs: Costs, profile: HardwareProfile) -> None:
-    """Draw both directions; profiles keep latency and rate of a link, and no points."""
+    """Draw both directions, the points that were measured and what a simulation uses."""
     for colour, name, lane, channel in (
         (COLOURS[0], "to the GPU", H2D, profile.link.h2d),
         (COLOURS[1], "from the GPU", D2H, profile.link.d2h),
     ):
         ns: FloatArray = np.array([copy_ns(costs, lane, int(size)) for size in COPIES], np.float64)
         rate = f"{channel.latency_ns / 1e3:.3g} µs + {channel.bytes_per_s / 1e9:.3g} GB/s"
+        if channel.points:
+            at, measured = np.array(channel.points, np.float64).T
+            axes.plot(at / 1e6, measured / 1e3, "o", color=colour, markersize=4)
         style = "-" if lane == H2D else "--"
         axes.plot(COPIES / 1e6, ns / 1e3, style, color=colour, label=f"{name}: {rate}")
     axes.set_title(f"One copy ({profile.provenance.link.source})")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from moesim.calibrate.timing import Limits, Timed
 from moesim.real.device import Device
@@ -57,3 +58,19 @@ class Task(NamedTuple):
 def point(at: float, timed: Timed, *, held_out: bool = False) -> Point:
     """Return a measurement as a point of a series."""
     return Point(at=at, held_out=held_out, **timed._asdict())
+
+
+def tabled(series: Series) -> tuple[tuple[tuple[int, float], ...], float | None]:
+    """Return the points of a table, and how far lines between them are off at points held out.
+
+    That is the largest relative error, of held-out points among the others; None without any.
+    """
+    kept = [p for p in series.points if not p.held_out]
+    at, ns = [p.at for p in kept], [p.ns for p in kept]
+    errors = [
+        abs(float(np.interp(p.at, at, ns)) / p.ns - 1)
+        for p in series.points
+        if p.held_out and kept and at[0] <= p.at <= at[-1]
+    ]
+    points = tuple((int(p.at), p.ns) for p in kept)
+    return points, max(errors, default=None)

@@ -24,6 +24,8 @@ MOST_CALLS = 16
 """In one ticket."""
 LONGEST = 1.0
 """What a single call may take, in units of the time for a point; a longer one ends a series."""
+PASSES = 2
+"""Sizes are gone through so often; see `sweep`."""
 NOISE = 1 << 20
 """Random numbers that are drawn; larger tensors repeat them."""
 
@@ -137,6 +139,11 @@ def copies(bench: Bench, lane: str, value: Any, beside: int = 0) -> Copies:
         "cache_bytes": cache_bytes() or "not told",
     }
     return Copies(sets, facts)
+
+
+def sweep_seconds(bench: Bench, sizes: int) -> float:
+    """Return about how long so many sizes take, if their times do not agree before."""
+    return PASSES * bench.limits.seconds * sizes
 
 
 def sweep(

@@ -58,9 +58,17 @@ class Attended(NamedTuple):
 
 
 def int8(weight: Any) -> Int8:
-    """Return a weight (outputs, inputs) rounded to 8 bits, symmetric about 0."""
+    """Return a weight (outputs, inputs) rounded to 8 bits, symmetric about 0.
+
+    Raises RuntimeError unless `inputs` is a multiple of 16: PyTorch's kernel for processors does
+    not refuse others, it reads beyond their end.
+    """
     import torch
 
+    if weight.shape[1] % 16:
+        raise RuntimeError(
+            f"rows of {weight.shape[1]} weights of 8 bits; multiples of 16 are legal"
+        )
     scales = (weight.float().abs().amax(1).clamp(min=1e-12) / 127).to(torch.bfloat16)
     values = (weight.float() / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
     return Int8(values, scales)

@@ -132,7 +132,8 @@ def copies(lane: str, how: str) -> Series:
 
 def set_of(*lanes: str) -> Series:
     """Return lanes that slow each other down to 0.8."""
-    own = made("interference/" + "+".join(lanes), "lane", lambda _: 1e6, range(len(lanes)))
+    name = f"interference/{HIDDEN}x{WIDTH}/{'+'.join(lanes)}"
+    own = made(name, "lane", lambda _: 1e6, range(len(lanes)))
     facts: dict[str, float | str] = {f"factor/{lane}": 0.8 for lane in lanes}
     facts |= {f"spread/{lane}": 0.02 for lane in lanes}
     return msgspec.structs.replace(own, facts=facts)

@@ -37,5 +37,9 @@ class DeadlockError(MoesimError):
     """A wait that can never end."""
 
 
+class RealError(MoesimError):
+    """What went wrong on a real machine: no memory, no kernel, a lane that failed."""
+
+
 class AuditError(MoesimError):
     """A log that breaks a rule of the machine or of the host program."""

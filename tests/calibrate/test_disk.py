@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from moesim.calibrate.disk import (
     check_folder,
     disk_series,
     file_system,
+    read_job,
     reader,
     temporary_file,
     usual_folder,
@@ -56,14 +56,16 @@ def test_reads_by_size_with_some_held_out(bench: Bench, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert found.facts["past_page_cache_by"] in ("O_DIRECT", "posix_fadvise")
     assert list(tmp_path.iterdir()) == []
-    assert "lane-disk" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_what_is_read_is_the_next_stretch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
-    """Four stretches of the file in order and the first again, with and without O_DIRECT."""
+    """Four stretches of the file in order and the first again, with and without O_DIRECT.
+
+    Each is dropped from the page cache before, one alone or queued behind others.
+    """
     if not direct:
         monkeypatch.setattr(os, "O_DIRECT", -1)
         plain = os.open
@@ -74,20 +76,36 @@ def test_what_is_read_is_the_next_stretch(
             return plain(name, flags, mode, **other)
 
         monkeypatch.setattr(os, "open", refusing)
-    seen: list[tuple[int, int]] = []
-    read = os.preadv
+    seen: list[tuple[str, int, int]] = []
+    read, advise = os.preadv, os.posix_fadvise
 
     def watched(handle: int, buffers: Any, start: int) -> int:
         got = read(handle, buffers, start)
-        seen.append((start, got))
+        seen.append(("read", start, got))
         return got
 
+    def dropping(handle: int, start: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        seen.append(("drop", start, size))
+        advise(handle, start, size, advice)
+
     monkeypatch.setattr(os, "preadv", watched)
+    monkeypatch.setattr(os, "posix_fadvise", dropping)
     with temporary_file(tmp_path, 4 * 65536) as file, Lane("disk") as lane:
         assert direct or file.way == "posix_fadvise"
+        assert seen == [("drop", 0, 0)]  # all of it, once it is written
+        expected = [
+            (what, k * 65536 % (4 * 65536), 65536) for k in range(5) for what in ("drop", "read")
+        ]
+        seen.clear()
         once = reader(file, 65536, lane)
         assert all(once() >= 0 for _ in range(5))
-    assert seen == [(k * 65536 % (4 * 65536), 65536) for k in range(5)]
+        assert seen == expected
+        seen.clear()
+        job = read_job(file, 65536)
+        for ticket in [lane.submit(work) for work in [job() for _ in range(5)]]:
+            ticket.wait()
+        assert seen == expected
 
 
 def test_the_file_has_no_name_while_it_is_read(tmp_path: Path) -> None:
@@ -162,11 +180,3 @@ def test_a_folder_in_memory_is_not_chosen(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_the_innermost_mount_counts(folder: str, kind: str) -> None:
     assert file_system(Path(folder), MOUNTS) == kind
-
-
-def test_the_devices_own_lane_is_used(bench: Bench, tmp_path: Path) -> None:
-    with Lane("disk") as lane:
-        bench.device.lanes["disk"] = lane  # type: ignore[index]
-        disk_series(bench, tmp_path, 65536)
-        lane.submit(lambda: None).wait()  # it was not closed
-        del bench.device.lanes["disk"]  # type: ignore[attr-defined]

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from moesim.calibrate import experts, sweeps
-from moesim.calibrate.experts import PRECISIONS, QUICK_TOKENS, TOKENS, judged, series, tasks
+from moesim.calibrate.experts import (
+    PRECISIONS,
+    QUICK_TOKENS,
+    TOKENS,
+    judged,
+    remarks,
+    series,
+    tasks,
+)
 from moesim.calibrate.memory import cache_bytes
 from moesim.calibrate.series import Bench, Point, Series
 from moesim.calibrate.sweeps import MOST_CALLS, Size, copies, grid, merged, noise, provenance, sweep
@@ -20,7 +28,7 @@ from moesim.model import load_model
 from moesim.real import operations
 from moesim.real.devices import Processor
 from moesim.real.emulated import Emulated, Throttle
-from moesim.real.lanes import Lane, Ticket, Work
+from moesim.real.lanes import Lane, Ticket
 
 LIMITS = Limits(warm_ups=1, least=3, most=5, seconds=1.0)
 
@@ -32,7 +40,7 @@ class Counted(Lane):
         self.name, self.threads, self.now_ns = name, threads, 0
         self.calls_of_tickets: list[int] = []
 
-    def submit(self, work: Work, after: Any = ()) -> Ticket:
+    def submit(self, work: Any, after: Any = (), queue: int = 0) -> Ticket:
         ticket = Ticket(self.name)
         ticket.start_ns = self.now_ns
         try:
@@ -253,9 +261,9 @@ def test_tasks_are_one_per_lane_shape_and_precision(bench: Bench) -> None:
         for shape in ("2048x768", "4096x14336")
         for precision in ("16", "16-fp16", "32", "8")
     ]
-    assert all(task.seconds == len(QUICK_TOKENS) * LIMITS.seconds for task in found)
+    assert all(task.seconds == sweeps.PASSES * LIMITS.seconds * len(QUICK_TOKENS) for task in found)
     full = tasks(bench._replace(quick=False), models)
-    assert full[0].seconds == len(TOKENS) * LIMITS.seconds
+    assert full[0].seconds == sweeps.PASSES * LIMITS.seconds * len(TOKENS)
 
 
 def test_a_machine_without_a_device_measures_its_processor_only() -> None:
@@ -455,6 +463,24 @@ def test_a_point_held_out_beyond_the_last_is_not_judged() -> None:
     assert cut.fit.held_out.size == 1
     assert cut.table_error is not None
     assert cut.table_error < 0.01
+
+
+def test_what_makes_no_table_is_said_in_a_line_each() -> None:
+    def named(precision: str, **facts: Any) -> Series:
+        name = f"expert/gpu/64x32/{PRECISIONS[precision]}"
+        return measured(lambda n: 1e6 * n, name, precision=precision, **facts)
+
+    none = msgspec.structs.replace(named("int4", unsupported="RuntimeError: no"), points=())
+    single, half = named("fp32"), named("fp16")
+    assert remarks([named("bf16"), named("int8"), none, single, half]) == [
+        "expert/gpu/64x32/4: no kernel for it: RuntimeError: no",
+        "expert/gpu/64x32/32: 1 ms at n = 1, 256 ms at n = 256; profiles have no table of 32 bits",
+        "expert/gpu/64x32/16-fp16: 1 ms at n = 1, 256 ms at n = 256;"
+        " the table of 16 bits is that of bf16",
+    ]
+    assert remarks([half, measured(floor, "gate/gpu/64x8")]) == []
+    short = msgspec.structs.replace(single, points=single.points[:1])
+    assert remarks([short])[0].startswith("expert/gpu/64x32/32: 1 ms at n = 1; profiles")
 
 
 def test_provenance_takes_the_worst_of_all_series() -> None:

@@ -88,7 +88,7 @@ def test_work_is_submitted_to_a_busy_lane() -> None:
             time.sleep(0.0005)
             return tickets[-1]
 
-        lane.submit = watched  # type: ignore[method-assign]
+        lane.submit = watched  # type: ignore[assignment, method-assign]
         tick = ticking(1000)
 
         def clock() -> int:

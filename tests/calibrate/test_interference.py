@@ -1,19 +1,23 @@
 """Interference: the arithmetic on made-up tickets, and what keeps lanes busy."""
 
+import os
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from moesim.calibrate import interference
+from moesim.calibrate import disk, interference, memory
+from moesim.calibrate.calibration import run_tasks
 from moesim.calibrate.interference import (
     LEAST_INSIDE,
+    TOKENS,
     contention,
-    expert,
+    count_for,
     expert_job,
     inside,
     keep_busy,
@@ -21,6 +25,7 @@ from moesim.calibrate.interference import (
     measure_set,
     overlap_share,
     real_jobs,
+    series,
     set_series,
     slowed,
     tasks,
@@ -40,8 +45,9 @@ LIMITS = Limits(warm_ups=0, least=2, most=2, seconds=0.01)
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(interference, "LEAST_ARENA_BYTES", 1 << 16)
-    monkeypatch.setattr(interference, "cache_bytes", lambda: 0)
+    for module in (interference, memory):
+        monkeypatch.setattr(module, "LEAST_ARENA_BYTES", 1 << 16)
+        monkeypatch.setattr(module, "cache_bytes", lambda: 0)
     device = Emulated(4 << 20, Throttle(1000, 1e9))
     yield Bench(device, LIMITS, True)
     device.close()
@@ -117,9 +123,10 @@ def test_a_factor_above_one_is_clipped_and_said() -> None:
     found = slowed([110.0, 110.0], [100.0, 100.0], [110.0, 110.0])
     assert (found.factor, found.raw) == pytest.approx((1.0, 1.1))
     made = set_series(
-        ["gpu", "cpu"], {"gpu": found, "cpu": slowed([1.0], [2.0], [1.0])},
+        "both", ["gpu", "cpu"], {"gpu": found, "cpu": slowed([1.0], [2.0], [1.0])},
         {"gpu": [110.0], "cpu": [1.0]}, {"gpu": [100, 100], "cpu": [2, 2]}, [0.9, 0.95], LIMITS,
     )  # fmt: skip
+    assert made.name == "both"
     assert made.facts["clipped/gpu"] == "1.1000 was measured; 1 is the most that is legal"
     assert "clipped/cpu" not in made.facts
     assert made.facts["overlap_share"] == 0.9
@@ -136,7 +143,7 @@ def test_times_of_nothing_are_refused() -> None:
             slowed(*times)
 
 
-@pytest.mark.parametrize("lanes", [("gpu", "cpu"), ("gpu", "cpu", "h2d")])
+@pytest.mark.parametrize("lanes", [("gpu", "cpu"), ("gpu", "cpu", "h2d"), ("gpu", "disk")])
 def test_a_profile_takes_the_entry(lanes: tuple[str, ...]) -> None:
     facts: dict[str, float | str] = {f"factor/{lane}": 0.5 for lane in lanes}
     entry = contention(Series(name="interference/x", unit="lane", points=(), facts=facts))
@@ -187,8 +194,8 @@ def test_a_set_is_measured_as_it_was_made(bench: Bench, monkeypatch: pytest.Monk
     slow = {"gpu": 0.8, "cpu": 1.0, "h2d": 0.5}
     each = {"gpu": 20_000, "cpu": 60_000, "h2d": 100_000}
     monkeypatch.setattr(interference, "keep_busy", made_up(each, slow))
-    found = measure_set(bench, {}, ["gpu", "cpu", "h2d"], 0.01)
-    assert found.name == "interference/gpu+cpu+h2d"
+    found = measure_set(bench, {}, ["gpu", "cpu", "h2d"], "all three", 0.01)
+    assert found.name == "all three"
     assert contention(found).slow == pytest.approx(slow, rel=1e-3)
     assert found.facts["overlap_share"] == pytest.approx(1.0)
     each_median = [p.median_ns for p in found.points]
@@ -206,7 +213,26 @@ def test_lanes_that_stand_still_are_no_measurement(
 
     monkeypatch.setattr(interference, "keep_busy", busy)
     with pytest.raises(CalibrationError, match=r"gpu\+h2d were busy at once in 0.5\d of the time"):
-        measure_set(bench, {}, ["gpu", "h2d"], 0.01)
+        measure_set(bench, {}, ["gpu", "h2d"], "both", 0.01)
+
+
+def test_slow_operations_are_done_often_enough_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One copy takes ten times the time for a phase, and three times that beside the experts."""
+    slow = {"gpu": 1.0, "h2d": 1 / 3}
+    monkeypatch.setattr(
+        interference, "keep_busy", made_up({"gpu": 1_000_000, "h2d": 100_000_000}, slow)
+    )
+    found = measure_set(bench, {}, ["gpu", "h2d"], "both", 0.01)
+    assert contention(found).slow == pytest.approx(slow, rel=1e-3)
+    assert found.points[1].repetitions == 2 * LEAST_INSIDE
+
+
+def test_operations_fill_the_time_within_reason() -> None:
+    assert count_for(1000, 0.01) == 10_000
+    assert count_for(1e9, 0.01) == LEAST_INSIDE
+    assert count_for(0, 1.0) == 100_000
 
 
 # Keeping lanes busy.
@@ -236,16 +262,6 @@ def test_all_lanes_begin_when_all_is_queued(bench: Bench, monkeypatch: pytest.Mo
         assert all(a.end_ns <= b.start_ns for a, b in pairwise(tickets))
 
 
-def test_an_expert_is_what_float64_says() -> None:
-    rng = np.random.default_rng(0)
-    x, up, gate = (rng.normal(0, 0.3, shape) for shape in ((3, 8), (5, 8), (5, 8)))
-    down = rng.normal(0, 0.3, (8, 5))
-    z = x @ gate.T
-    truth = (z / (1 + np.exp(-z)) * (x @ up.T)) @ down.T
-    found = expert(*(torch.tensor(a, dtype=torch.float64) for a in (x, up, gate, down)))
-    assert found.numpy() == pytest.approx(truth)
-
-
 def test_experts_rotate() -> None:
     """Three experts of one value each give three results, and the fourth call the first one."""
     hidden, width = 4, 2
@@ -266,9 +282,10 @@ def test_every_lane_has_work_of_an_experts_size(bench: Bench) -> None:
     bench.device.copy = lambda target, source: seen.append(  # type: ignore[method-assign]
         ("copy", target.data_ptr(), source.data_ptr(), len(target))
     )
-    jobs = real_jobs(bench, hidden=8, width=8, tokens=2)
+    jobs = real_jobs(bench, LANES, hidden=8, width=8)
     assert set(jobs) == {"gpu", "cpu", "h2d", "d2h"}
-    assert jobs["gpu"]()().shape == jobs["cpu"]()().shape == (2, 8)  # type: ignore[attr-defined]
+    assert jobs["gpu"]()().shape == jobs["cpu"]()().shape == (TOKENS, 8)  # type: ignore[attr-defined]
+    assert set(real_jobs(bench, ("cpu", "d2h", "disk"), hidden=8, width=8)) == {"cpu", "d2h"}
     for lane in ("h2d", "h2d", "d2h"):
         jobs[lane]()()
     assert {size for *_, size in seen} == {6 * 8 * 8}
@@ -280,28 +297,100 @@ def test_every_lane_has_work_of_an_experts_size(bench: Bench) -> None:
 
 
 def test_too_little_memory_is_refused() -> None:
-    device = Emulated(1 << 12, Throttle(1000, 1e9))
-    with pytest.raises(CalibrationError, match="4096 bytes of device memory are too little"):
-        real_jobs(Bench(device, LIMITS, True), hidden=64, width=64)
+    """An expert of 6 x 64 x 64 bytes: there must be four."""
+    device = Emulated(4 * 24576 - 1, Throttle(1000, 1e9))
+    own = Bench(device, LIMITS, True)
+    with pytest.raises(
+        CalibrationError, match=r"98303 bytes of device memory are too .*; 98304 are needed"
+    ):
+        real_jobs(own, ("cpu", "h2d"), hidden=64, width=64)
+    assert set(real_jobs(own, ("cpu", "disk"), hidden=64, width=64)) == {"cpu"}
+    device.close()
+
+
+def test_a_device_with_room_for_four_experts_is_enough() -> None:
+    device = Emulated(4 * 24576, Throttle(1000, 1e9))
+    assert len(real_jobs(Bench(device, LIMITS, True), LANES, hidden=64, width=64)) == 4
     device.close()
 
 
 def test_sets_of_lanes() -> None:
     lanes = ["cpu", "d2h", "disk", "gpu", "h2d"]
+    """Of four: 6 pairs, 4 of three, and all; the disk is in pairs only, and not if quick."""
     pairs = lane_sets(lanes, quick=True)
     assert len(pairs) == 6
     assert ("gpu", "cpu") in pairs
-    assert len(lane_sets(lanes, quick=False)) == 6 + 4 + 1
-    assert lane_sets(["cpu"], quick=False) == []
+    every = lane_sets(lanes, quick=False)
+    assert len(every) == len(set(every)) == 6 + 4 + 1 + 4
+    assert [s[0] for s in every if "disk" in s] == ["gpu", "cpu", "h2d", "d2h"]
+    assert lane_sets(["cpu"], quick=False) == lane_sets(["cpu", "disk"], quick=True) == []
+    assert lane_sets(["cpu", "disk"], quick=False) == [("cpu", "disk")]
 
 
 def test_tasks_are_named_as_their_series(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """With lanes that take round times, since how much real ones meet is not for a test."""
     each = dict.fromkeys(LANES, 10_000)
     monkeypatch.setattr(interference, "keep_busy", made_up(each, dict.fromkeys(LANES, 0.5)))
-    for task in tasks(bench, hidden=8, width=8):
-        assert task.run(bench).name == task.name
+    found = tasks(bench, hidden=8, width=16)
+    assert found[0].name == "interference/8x16/gpu+cpu"
+    for task in found:
+        made = task.run(bench)
+        assert made.name == task.name
+        assert (made.facts["hidden"], made.facts["width"]) == (8, 16)
         bench.device.free_all()
     device = Processor(1)
-    assert tasks(Bench(device, LIMITS, True)) == []
+    assert tasks(Bench(device, LIMITS, True), 8, 16) == []
+    (one,) = tasks(Bench(device, LIMITS, False), 8, 16)
+    assert one.name == "interference/8x16/cpu+disk"
     device.close()
+
+
+# The disk.
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs Linux")
+def test_a_lane_reads_the_disk_beside_another(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert of 6 x 32 x 32 bytes is two pages: the reads go through the file in order."""
+    monkeypatch.setattr(disk, "IN_MEMORY", ())
+    monkeypatch.setattr(disk, "usual_folder", lambda: tmp_path)
+    monkeypatch.setattr(disk, "file_bytes", lambda _: 4 * 8192)
+    starts: list[int] = []
+    read = os.preadv
+
+    def watched(handle: int, buffers: Any, start: int) -> int:
+        starts.append(start)
+        return read(handle, buffers, start)
+
+    made = made_up(dict.fromkeys(LANES, 10_000), dict.fromkeys(LANES, 0.5))
+
+    def busy(own: Bench, jobs: Any, lanes: Any, counts: Any) -> list[list[Ticket]]:
+        if lanes == ["disk"]:
+            keep_busy(own, jobs, lanes, {"disk": 3})
+        found: list[list[Ticket]] = made(own, jobs, lanes, counts)
+        return found
+
+    monkeypatch.setattr(os, "preadv", watched)
+    monkeypatch.setattr(interference, "keep_busy", busy)
+    found = series(bench, ("h2d", "disk"), 32, 32)
+    assert found.name == "interference/32x32/h2d+disk"
+    assert contention(found).slow == pytest.approx({"h2d": 0.5, "disk": 0.5}, rel=1e-3)
+    assert (found.facts["read_bytes"], found.facts["file_bytes"]) == (8192, 4 * 8192)
+    assert len(starts) >= 9
+    assert starts == [8192 * (k % 4) for k in range(len(starts))]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_disk_only_the_sets_with_it_fail(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = dict.fromkeys(LANES, 10_000)
+    monkeypatch.setattr(interference, "keep_busy", made_up(each, dict.fromkeys(LANES, 0.5)))
+    monkeypatch.setattr(disk, "usual_folder", lambda: tmp_path / "nowhere")
+    wanted = tasks(bench._replace(quick=False), 8, 16)
+    found = run_tasks(wanted, bench, folder=tmp_path / "kept")
+    failed = {outcome.task: outcome.error for outcome in found.outcomes if outcome.error}
+    assert list(failed) == [f"interference/8x16/{lane}+disk" for lane in LANES[:4]]
+    assert set(failed.values()) == {f"disk: {tmp_path / 'nowhere'} is no folder"}
+    assert len(found.series) == 6 + 4 + 1

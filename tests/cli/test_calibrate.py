@@ -1,16 +1,18 @@
 """`moesim calibrate` on a device that is none: what it prints, keeps, writes and refuses."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 
-from measured import fake_bench, machine, tasks
+from measured import fake_bench, machine, made, tasks
+from moesim.calibrate import experts
 from moesim.calibrate.series import Bench, Series, Task
+from moesim.cli.calibrate import DEFAULT_BASE, PRECISIONS
 from moesim.errors import CalibrationError
-from moesim.profile import load_profile, user_profile_path
+from moesim.profile import DEFAULT_PRESET, load_profile, user_profile_path
 
 Cli = Callable[..., CompletedProcess[str]]
 Offer = Callable[[list[Task]], None]
@@ -22,12 +24,12 @@ def offer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Offer:
     monkeypatch.setenv("MOESIM_CACHE_DIR", str(tmp_path / "cache"))
     benches: list[Bench] = []
 
-    def opened(kind: str | None, *, quick: bool) -> Bench:
-        benches.append(fake_bench(kind or "emulated", quick))
+    def opened(device: str | None, *, quick: bool) -> Bench:
+        benches.append(fake_bench(device or "emulated", quick))
         return benches[-1]
 
     def say(found: list[Task]) -> None:
-        monkeypatch.setattr("moesim.calibrate.tasks.tasks_of", lambda bench, models: found)
+        monkeypatch.setattr("moesim.calibrate.tasks.tasks_of", lambda *_: found)
 
     monkeypatch.setattr("moesim.calibrate.tasks.open_bench", opened)
     say(tasks(machine()))
@@ -126,10 +128,11 @@ def test_the_output_and_the_base_may_be_others(
     [
         (["--model", "gpt-2"], "no model named 'gpt-2'; there are: "),
         (["--base", "abacus"], "no hardware named 'abacus'; there are: "),
-        (["--device", "abacus"], "'abacus' is not one of 'cuda', 'cpu', 'emulated'"),
+        (["--precision", "int3"], "'int3' is not one of 'bf16', 'fp16', 'fp32', 'int8', 'int4'"),
         (["-o", "no/such/folder.yaml"], "there is no folder "),
         (["-o", "profile.json"], "a profile's name ends in .yaml or .yml"),
         (["-o", "."], "is no regular file"),
+        (["--base", ""], "no hardware named ''; there are: "),
     ],
     ids=str,
 )
@@ -139,6 +142,72 @@ def test_bad_input_is_one_line_and_exit_code_2(cli: Cli, words: list[str], messa
     assert done.stdout == ""
     assert message in done.stderr
     assert done.stderr.startswith("moesim: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("offer")
+@pytest.mark.parametrize(
+    ("variable", "setting"),
+    [("MOESIM_CACHE_DIR", "MOESIM_CACHE_DIR"), ("XDG_CONFIG_HOME", "--output")],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, setting: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "folder"))
+    done = cli("calibrate")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert (
+        f"nothing can be written there (Not a directory); {setting} says where else" in done.stderr
+    )
+
+
+def test_device_and_precisions_are_what_was_asked_for(
+    cli: Cli, offer: Offer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def opened(device: str | None, *, quick: bool) -> Bench:
+        asked.append((device, quick))
+        return fake_bench(quick=quick)
+
+    def of(bench: Bench, models: object, precisions: Sequence[str]) -> list[Task]:
+        asked.append(precisions)
+        return tasks(machine())
+
+    monkeypatch.setattr("moesim.calibrate.tasks.open_bench", opened)
+    monkeypatch.setattr("moesim.calibrate.tasks.tasks_of", of)
+    assert cli("calibrate").returncode == 0
+    words = ["--device", "emulated:memory=1GiB", "--precision", "int4", "--precision", "fp32"]
+    assert cli("calibrate", "--quick", *words).returncode == 0
+    assert asked == [(None, False), ("bf16",), ("emulated:memory=1GiB", True), ("int4", "fp32")]
+
+
+def test_precisions_and_the_base_are_those_that_there_are() -> None:
+    """The command names them itself, so that its help imports nothing heavy."""
+    assert tuple(experts.PRECISIONS) == PRECISIONS
+    assert DEFAULT_BASE == DEFAULT_PRESET
+
+
+def test_experts_without_a_table_are_said(cli: Cli, offer: Offer) -> None:
+    none = Series(
+        name="expert/gpu/512x256/4",
+        unit="tokens",
+        points=(),
+        facts={"unsupported": "no such thing"},
+    )
+    single = made("expert/gpu/512x256/32", "tokens", lambda n: 1e6 * n, [1, 256])
+    offer(tasks([*machine(), none, single]))
+    text = " ".join(cli("calibrate").stdout.split())
+    assert "note: expert/gpu/512x256/4: no kernel for it: no such thing" in text
+    assert "note: expert/gpu/512x256/32: 1 ms at n = 1, 256 ms at n = 256; profiles have no" in text
+
+
+def test_an_option_of_a_device_that_is_not_legal_is_one_line(cli: Cli) -> None:
+    done = cli("calibrate", "--device", "emulated:memory=lots")
+    assert done.returncode == 2
+    assert "moesim: device emulated: memory='lots' is not legal; a size from " in done.stderr
     assert done.stderr.count("\n") == 1
 
 

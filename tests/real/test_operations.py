@@ -206,3 +206,9 @@ def test_the_head() -> None:
     hidden, norm, weight = some(7, 16), some(16), some(50, 16)
     truth = (normed(exact(hidden), exact(norm)) @ exact(weight).T).argmax(1)
     assert ops.head(hidden, norm, weight).tolist() == truth.tolist()
+
+
+def test_eight_bits_take_rows_that_the_kernel_reads_to_their_end_only() -> None:
+    with pytest.raises(RuntimeError, match="rows of 100 weights of 8 bits; multiples of 16 are"):
+        ops.int8(torch.ones(4, 100))
+    assert ops.int8(torch.ones(4, 112)).values.shape == (4, 112)

@@ -1,6 +1,7 @@
 """`moesim calibrate`: measure this machine, and write the profile that replays then use."""
 
 import itertools
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,10 +14,13 @@ from moesim.cli.common import check_output, check_regular
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moesim.calibrate.assembly import Assembled, Finding
+    from moesim.calibrate.assembly import Assembled
     from moesim.calibrate.calibration import Calibration
+    from moesim.calibrate.tables import Finding
 
 DEFAULT_MODEL = "qwen3-30b-a3b"
+DEFAULT_BASE = "rtx3090-pcie4-ddr4"
+PRECISIONS = ("bf16", "fp16", "fp32", "int8", "int4")
 HEADINGS = {
     "roofline": "without a table: simulated, off at any point",
     "interference": "speed while all are busy",
@@ -29,45 +33,59 @@ HEADINGS = {
     "models",
     multiple=True,
     metavar="MODEL",
-    help=f"Measure the experts of this model, too; may be repeated.  [default: {DEFAULT_MODEL}]",
+    help="A model whose shapes are measured: a name that `moesim models` lists, or a config.json;"
+    f" its weights are not needed. May be repeated.  [default: {DEFAULT_MODEL}]",
 )
 @click.option(
     "--device",
-    type=click.Choice(("cuda", "cpu", "emulated")),
-    help="What computes: a GPU, this processor alone, or this processor in the place of a GPU."
+    metavar="KIND[:KEY=VALUE,...]",
+    help="What computes: cuda is a GPU, cpu this processor alone, emulated this processor in the"
+    " place of a GPU. All take cpu_threads (one per core); emulated also takes gpu_threads, memory"
+    " (2GiB), and for its link bandwidth (2e9 bytes per second) and latency_ns (20000)."
     "  [default: cuda if there is one, else cpu]",
 )
-@click.option("--quick", is_flag=True, help="Fewer points and repetitions: a first impression.")
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(PRECISIONS),
+    multiple=True,
+    help="Weights of the experts that are measured; may be repeated. Without bf16 or fp16 the rates"
+    " of processors are not measured.  [default: bf16]",
+)
+@click.option("--quick", is_flag=True, help="Fewer points and repetitions: a first look.")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Where the profile goes.  [default: this machine's own, which `moesim replay` uses]",
+    help="Where the profile goes, a .yaml.  [default: the one that `moesim replay` uses by itself]",
 )
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
 @click.option(
     "--base",
+    default=DEFAULT_BASE,
     metavar="HARDWARE",
-    help="Where numbers come from that are not measured: a name or a YAML file.",
+    help="Where numbers come from that are not measured: a name that `moesim hardware` lists, or a"
+    f" YAML file.  [default: {DEFAULT_BASE}]",
 )
 def command(
-    models: tuple[str, ...], device: str | None, quick: bool, output: Path | None, fresh: bool,
-    base: str | None,
+    models: tuple[str, ...], device: str | None, precisions: tuple[str, ...], quick: bool,
+    output: Path | None, fresh: bool, base: str,
 ) -> None:  # fmt: skip
     """Measure what this machine's processor, memory, link and device really do.
 
-    Every series that is done is kept: interrupted or repeated, the command measures only what is
-    missing. Let nothing else run meanwhile. Needs moesim[torch].
+    It takes some ten minutes, or one with --quick; let nothing else run meanwhile. Every series
+    that is done is kept: interrupted or repeated, the command measures only what is missing. Needs
+    moesim[torch].
     """
     from rich.console import Console
 
     from moesim.calibrate.assembly import assemble, profile_text
-    from moesim.calibrate.calibration import count_kept, run_tasks, write_text
+    from moesim.calibrate.calibration import count_kept, run_tasks, state_folder, write_text
     from moesim.calibrate.tasks import open_bench, tasks_of
     from moesim.cli import fail
     from moesim.errors import CalibrationError
     from moesim.model import load_model
-    from moesim.profile import DEFAULT_PRESET, load_profile, user_profile_path
+    from moesim.profile import load_profile, user_profile_path
 
     path = user_profile_path() if output is None else output
     if output is None:
@@ -77,11 +95,13 @@ def command(
         if path.suffix not in (".yaml", ".yml"):
             raise CalibrationError(f"--output {path}: a profile's name ends in .yaml or .yml")
     specs = [load_model(name) for name in dict.fromkeys(models or (DEFAULT_MODEL,))]
-    rest = load_profile(base or DEFAULT_PRESET)[0]
+    rest = load_profile(base)[0]
 
     bench = open_bench(device, quick=quick)
     try:
-        tasks = tasks_of(bench, specs)
+        tasks = tasks_of(bench, specs, precisions or ("bf16",))
+        check_writable(path.absolute().parent, "--output")
+        check_writable(state_folder(), "MOESIM_CACHE_DIR")
         try:
             with Bar(Console(stderr=True), len(tasks)) as bar:
                 found = run_tasks(tasks, bench, fresh=fresh, progress=bar.show)
@@ -102,6 +122,20 @@ def command(
         if path == user_profile_path()
         else f"Wrote {path}; `moesim replay --hardware {path}` uses it"
     )
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Raise CalibrationError if no file can be put into a folder, which is made if need be."""
+    from moesim.errors import CalibrationError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CalibrationError(
+            f"{folder}: nothing can be written there ({error.strerror}); {setting} says where else"
+        ) from None
 
 
 class Bar:
@@ -154,6 +188,8 @@ def show(console: "Console", found: "Calibration", made: "Assembled") -> None:
     """Print what was measured, how well, and what was not."""
     from rich.table import Table
 
+    from moesim.calibrate.experts import remarks
+
     def say(text: str) -> None:
         console.print(text, markup=False)
 
@@ -193,7 +229,7 @@ def show(console: "Console", found: "Calibration", made: "Assembled") -> None:
     for outcome in found.outcomes:
         if outcome.error:
             say(f"failed: {outcome.task}: {outcome.error}")
-    for line in made.notices:
+    for line in (*made.notices, *remarks(found.series)):
         say(f"note: {line}")
     for line in made.absent:
         say(f"not measured: {line}")
