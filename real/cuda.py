@@ -108,14 +108,15 @@ class CudaLane(Lane):
         ticket.marks.append((self._record(), None))
         self._pieces: list[Any] = []
 
-    def do(self, ticket: Ticket, piece: Work) -> None:
+    def do(self, ticket: Ticket, piece: Work) -> object:
         """Issue one piece, so few of many at once that others can still go before the rest."""
         with self._cuda.stream(self._stream):
-            piece()
+            more = piece()
         if ticket.pieces:
             self._pieces.append(self._record())
             if len(self._pieces) == IN_DRIVER:
                 self._pieces.pop(0).synchronize()
+        return more
 
     def end(self, ticket: Ticket) -> None:
         """Note where the operation ends on the stream, or is interrupted."""
@@ -161,6 +162,9 @@ class Cuda:
     def copy(self, target: Any, source: Any) -> None:
         """Enqueue a copy on the lane's stream; pageable memory makes the lane's thread wait."""
         target.copy_(source, non_blocking=True)
+
+    def free(self, tensor: Any) -> None:
+        """Do nothing: PyTorch takes back what nobody holds."""
 
     def free_all(self) -> None:
         """Give back what PyTorch keeps of tensors that nobody holds any more."""

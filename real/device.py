@@ -29,6 +29,9 @@ class Device(Protocol):
     def copy(self, target: Any, source: Any) -> None:
         """Copy between host and device memory; to be submitted to lane `h2d` or `d2h`."""
 
+    def free(self, tensor: Any) -> None:
+        """Give back a tensor that `empty` returned and that nobody uses any more."""
+
     def free_all(self) -> None:
         """Give back all device memory; tensors handed out before must not be used any more."""
 

@@ -48,6 +48,17 @@ def usable_cores() -> int:
         return usable_threads()
 
 
+def available_bytes() -> int:
+    """Return the host memory that is free for use; 1 GiB where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except (OSError, ValueError):
+        pass
+    return 1 << 30
+
+
 def host_memory_bytes() -> int:
     """Return the host's memory, or what a container may use of it; 0 where it is not told."""
     try:
@@ -98,6 +109,9 @@ class Processor:
     def copy(self, target: Any, source: Any) -> None:
         """Raise CalibrationError: there is nothing to copy to."""
         raise CalibrationError("a machine without a device has no link to copy over")
+
+    def free(self, tensor: Any) -> None:
+        """Do nothing: no device memory was handed out."""
 
     def free_all(self) -> None:
         """Do nothing: no device memory was handed out."""
@@ -158,6 +172,29 @@ def number(text: str, kind: Callable[[str], float]) -> float | None:
         return None
 
 
+def open_runner(text: str | None) -> Device:
+    """Return a device that runs policies: CUDA if there is one and none is named, else emulated.
+
+    Raises CalibrationError as `open_device` does, without PyTorch, and for one without a link.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise CalibrationError("running needs PyTorch: pip install 'moesim[torch]'") from None
+    device = open_device(text or ("cuda" if torch.cuda.is_available() else "emulated"))
+    if "h2d" not in device.lanes:
+        device.close()
+        raise CalibrationError(
+            f"device {device.label} copies nothing, and runs no policy; legal are cuda and emulated"
+        )
+    return device
+
+
+def host_room_bytes() -> int:
+    """Return the host memory that experts may take: half of what is free."""
+    return available_bytes() // 2
+
+
 def open_device(text: str) -> Device:
     """Return the device that a text names; see `parse_device`.
 
@@ -181,12 +218,7 @@ def open_device(text: str) -> Device:
             int(given.get("latency_ns", LINK.latency_ns)),
             float(given.get("bandwidth", LINK.bytes_per_s)),
         )
-        try:
-            return Emulated(memory_bytes, link, gpu_threads=gpu_threads, cpu_threads=cpu_threads)
-        except RuntimeError as error:
-            raise CalibrationError(
-                f"device emulated: there are no {memory_bytes} bytes of memory: {error}"
-            ) from None
+        return Emulated(memory_bytes, link, gpu_threads=gpu_threads, cpu_threads=cpu_threads)
     import torch
 
     if not torch.cuda.is_available():

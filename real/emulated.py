@@ -4,6 +4,7 @@ It is slow and honest: real GEMMs, real copies, real concurrency, on the host's 
 measured on it is true of it, and every result says that it is emulated.
 """
 
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Emulated:
     def __init__(
         self, memory_bytes: int, link: Throttle, *, gpu_threads: int = 1, cpu_threads: int = 1
     ) -> None:
-        """Take the memory and start the lanes."""
+        """Start the lanes."""
         self.link = link
         self.memory_bytes = memory_bytes
         self.lanes = {
@@ -47,24 +48,26 @@ class Emulated:
             "d2h": Lane("d2h"),
             "disk": Lane("disk"),
         }
-        import torch
-
-        self._pool = torch.empty(memory_bytes, dtype=torch.uint8)
         self._taken = 0
 
     def empty(self, *shape: int, dtype: Any) -> Any:
-        """Return a tensor in device memory, aligned to 64 bytes."""
-        size_bytes = dtype.itemsize
-        for side in shape:
-            size_bytes *= side
-        start = -(-self._taken // 64) * 64
-        if start + size_bytes > len(self._pool):
+        """Return a tensor in device memory."""
+        import torch
+
+        size_bytes = dtype.itemsize * math.prod(shape)
+        if self._taken + size_bytes > self.memory_bytes:
             raise CalibrationError(
-                f"{size_bytes} bytes do not fit into the {len(self._pool)} of the emulated device, "
-                f"of which {self._taken} are taken"
+                f"{size_bytes} bytes do not fit into the {self.memory_bytes} of the emulated "
+                f"device, of which {self._taken} are taken"
             )
-        self._taken = start + size_bytes
-        return self._pool[start : start + size_bytes].view(dtype).view(*shape)
+        # Written to, since the system gives a page its memory only then, and takes its time.
+        tensor = torch.empty(shape, dtype=dtype).zero_()
+        self._taken += size_bytes
+        return tensor
+
+    def free(self, tensor: Any) -> None:
+        """Give back a tensor that `empty` returned and that nobody uses any more."""
+        self._taken -= tensor.numel() * tensor.element_size()
 
     def host(self, *shape: int, dtype: Any, pinned: bool = True) -> Any:
         """Return a tensor in host memory; pinning it would change nothing."""
@@ -91,5 +94,5 @@ class Emulated:
 def wait_until(deadline_ns: int) -> None:
     """Block until a moment of `time.perf_counter_ns`, to within a few microseconds."""
     while (left := deadline_ns - time.perf_counter_ns()) > 0:
-        if left > SPIN_NS:
-            time.sleep((left - SPIN_NS) / 1e9)
+        # Even a sleep of 0 lets other threads have Python; a loop alone would keep it from them.
+        time.sleep(max(0, left - SPIN_NS) / 1e9)

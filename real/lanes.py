@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 Work = Callable[[], object]
+"""A piece of an operation. If it returns a list, that holds more pieces, which are done next."""
 
 URGENT, BACKGROUND = 0, 1
 """Queues of a lane."""
@@ -153,6 +154,21 @@ class Lane:
             self._changed.notify()
         return True
 
+    def drop(self) -> None:
+        """Take back all that has not begun, wait for what is under way, and forget errors."""
+        while True:
+            with self._changed:
+                open_ones = [ticket for queue in self._queues for ticket in queue]
+                for queue in self._queues:
+                    queue.clear()
+            for ticket in open_ones:
+                ticket.cancelled = True
+                ticket.finish()
+            if not open_ones and not self.busy:
+                break
+            time.sleep(0.001)
+        self.error = None
+
     def look(self) -> None:
         """See whether something can begin; to be called when something is over on another lane."""
         with self._changed:
@@ -166,9 +182,9 @@ class Lane:
         ticket.start_ns = ticket.start_ns or start_ns
         ticket.stretches.append((start_ns, start_ns))
 
-    def do(self, ticket: Ticket, piece: Work) -> None:
-        """Do one piece of an operation."""
-        piece()
+    def do(self, ticket: Ticket, piece: Work) -> object:
+        """Do one piece of an operation, and return what it returns."""
+        return piece()
 
     def end(self, ticket: Ticket) -> None:
         """End an operation, or interrupt it."""
@@ -200,7 +216,9 @@ class Lane:
             try:
                 self.begin(ticket)
                 while ticket.pieces:
-                    self.do(ticket, ticket.pieces.pop(0))
+                    more = self.do(ticket, ticket.pieces.pop(0))
+                    if isinstance(more, list):
+                        ticket.pieces[:0] = more
                     if ticket.pieces and self._overtaken(ticket):
                         break
                 self.end(ticket)

@@ -9,7 +9,7 @@ import numpy as np
 
 from moesim.errors import MoesimError, PolicyError
 from moesim.host import run_steps
-from moesim.log import Log
+from moesim.log import Contents, Log
 from moesim.residency import contents
 from moesim.run import Prepared
 from moesim.sim.rules import Totals
@@ -137,26 +137,7 @@ def replay(
     wall_s = time.perf_counter() - started
     log = None
     if record:
-        operations, segments = run.logged()
-        log = Log(
-            operations=operations,
-            segments=segments,
-            initial=initial,
-            slot_bytes=slot_bytes,
-            budget_bytes=prepared.setting.budget_bytes,
-            loads=loads_of(prepared),
-            batch_tokens=np.diff(host.steps.offset, axis=1),
-            expert_bytes=prepared.setting.costs.expert_bytes,
-            kv_on_host=prepared.placement.kv_on_host,
-            dense_on_host=prepared.placement.dense_on_host,
-            on_disk=host.res.on_disk,
-            fifo_link=prepared.placement.link == "fifo",
-            chunk_bytes=prepared.chunk_bytes,
-            rates=prepared.profile.rates(),
-            exact=True,
-            attention_on_cpu=prepared.placement.attention_on_cpu,
-            sync_batches=prepared.placement.sync_batches,
-        )
+        log = log_of(prepared, *run.logged(), initial, slot_bytes, exact=True)
     tickets, preemptions, paused_ns = run.counts()
     return Replayed(
         prepared=prepared,
@@ -168,6 +149,36 @@ def replay(
         paused_ns=paused_ns,
         wall_s=wall_s,
         log=log,
+    )
+
+
+def log_of(
+    prepared: Prepared, operations: Any, segments: Any, initial: tuple[Contents, ...],
+    slot_bytes: IntArray, *, exact: bool,
+) -> Log:  # fmt: skip
+    """Return what a machine wrote down, with the rules that the run had to obey.
+
+    `initial` and `slot_bytes` are those before the run; `exact` says that a simulation wrote it.
+    """
+    placement, setting = prepared.placement, prepared.setting
+    return Log(
+        operations=operations,
+        segments=segments,
+        initial=initial,
+        slot_bytes=slot_bytes,
+        budget_bytes=setting.budget_bytes,
+        loads=loads_of(prepared),
+        batch_tokens=np.diff(prepared.host.steps.offset, axis=1),
+        expert_bytes=setting.costs.expert_bytes,
+        kv_on_host=placement.kv_on_host,
+        dense_on_host=placement.dense_on_host,
+        on_disk=prepared.host.res.on_disk,
+        fifo_link=placement.link == "fifo",
+        chunk_bytes=prepared.chunk_bytes,
+        rates=prepared.profile.rates(),
+        exact=exact,
+        attention_on_cpu=placement.attention_on_cpu,
+        sync_batches=placement.sync_batches,
     )
 
 

@@ -161,7 +161,7 @@ class SimpyMachine:
     ) -> int:  # fmt: skip
         """See `Machine.submit`."""
         self.tickets = ticket = self.tickets + 1
-        ns = duration_ns(self.costs, self.phase, kind, layer, amount, context, part, precision)
+        ns = self.alone_ns(ticket, kind, layer, amount, context, part, precision)
         op = Operation()
         op.ticket = ticket
         op.queue = queue
@@ -196,6 +196,13 @@ class SimpyMachine:
         if op.blockers == 0 and len(waiting) == 1:
             self.start_what_can(LANE_OF_QUEUE[queue])
         return ticket
+
+    def alone_ns(
+        self, ticket: int, kind: int, layer: int, amount: int, context: int, part: int,
+        precision: int,
+    ) -> int:  # fmt: skip
+        """Return how long an operation takes when nothing else is busy, and without jitter."""
+        return duration_ns(self.costs, self.phase, kind, layer, amount, context, part, precision)
 
     def wait(self, ticket: int) -> None:
         """See `Machine.wait`."""

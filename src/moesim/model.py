@@ -105,6 +105,22 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return self.hidden_layers - self.layer_ids[-1] - 1
 
 
+def first_layers(spec: ModelSpec, layers: int) -> ModelSpec:
+    """Return the model up to its so many first MoE layers, with all that stands before them.
+
+    Raises ModelError unless there are so many.
+    """
+    if not 1 <= layers <= spec.layers:
+        raise ModelError(f"{spec.name} has {spec.layers} MoE layers; 1..{spec.layers} can be taken")
+    ids = spec.layer_ids[:layers]
+    return msgspec.structs.replace(
+        spec,
+        hidden_layers=ids[-1] + 1,
+        layer_ids=ids,
+        cacheless_layer_ids=tuple(i for i in spec.cacheless_layer_ids if i <= ids[-1]),
+    )
+
+
 def packed_bytes(params: int, bits: int) -> int:
     """Return the bytes of so many weights at 16, 8, 4 or 2 bits, scales and zero points included.
 

@@ -121,6 +121,18 @@ def test_between_two_pieces_the_background_makes_way() -> None:
     assert urgent.end_ns <= copy.stretches[1][0] <= copy.stretches[1][1] == copy.end_ns
 
 
+def test_a_piece_may_bring_more_which_are_done_before_the_others() -> None:
+    seen: list[str] = []
+
+    def first() -> list[Callable[[], None]]:
+        seen.append("1")
+        return noting(seen, "1a", "1b")
+
+    with Lane("h2d") as lane:
+        lane.submit([first, *noting(seen, "2")], queue=BACKGROUND).wait()
+    assert seen == ["1", "1a", "1b", "2"]
+
+
 def test_a_blocked_head_blocks_its_own_queue_only() -> None:
     seen: list[str] = []
     with Lane("disk") as other, Lane("h2d") as lane:

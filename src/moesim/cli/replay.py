@@ -67,6 +67,7 @@ RUN_OPTIONS = (
         show_default=True,
         help="Skip so many sequences, or windows, of the trace.",
     ),
+    click.option("--layers", type=click.IntRange(1), help="Run the first so many MoE layers only."),
     click.option("--repeat", is_flag=True, help="Let tokens of the trace serve several sequences."),
     click.option(
         "--set",
@@ -101,13 +102,18 @@ class Inputs(NamedTuple):
     def load(
         cls, trace: Path | None, model: str | None, hardware: str | None, budget: str | None,
         cache_ratio: float | None, bits: str, batch: int, prompt: int | None, generate: int | None,
-        start: int, repeat: bool, settings: tuple[str, ...],
+        start: int, layers: int | None, repeat: bool, settings: tuple[str, ...],
+        room_bytes: int | None = None,
     ) -> "Inputs":  # fmt: skip
-        """Load what is named; raise InputError for what does not exist or fit."""
+        """Load what is named; raise InputError for what does not exist or fit.
+
+        Only the first `layers` MoE layers count or, with `room_bytes`, as many as have room there.
+        """
         from moesim.errors import InputError
-        from moesim.model import load_model
+        from moesim.model import first_layers, load_model
         from moesim.profile import load_profile, with_overrides
         from moesim.traces.bundled import example_path
+        from moesim.traces.edit import take
         from moesim.traces.importers import load_trace
         from moesim.traces.workload import cut
 
@@ -118,9 +124,15 @@ class Inputs(NamedTuple):
         asked = load_model(model) if model is not None else None
         routing = load_trace(trace or example_path(), spec=asked)
         spec = model_of(model, routing)
+        said_layers = ""
+        if layers is None and room_bytes is not None:
+            layers, said_layers = layers_in(spec, int(bits), room_bytes)
+        if layers is not None:
+            spec = first_layers(spec, layers)
+            routing = take(routing, layers=(0, int(routing.layer_ids[:layers][-1]) + 1))
         workload = cut(routing, batch, prompt, generate, start, repeat)
         size, said = budget_of(spec, profile, workload, budget, cache_ratio, int(bits))
-        notices = tuple(filter(None, (notice, said)))
+        notices = tuple(filter(None, (notice, said_layers, said)))
         return cls(routing, workload, spec, profile, size, int(bits), notices)
 
     def prepare(self, chosen: "Chosen", seed: int = 0) -> "Prepared":
@@ -269,6 +281,26 @@ def model_of(name: str | None, trace: "Trace") -> "ModelSpec":
     return load_model(plain)
 
 
+def layers_in(spec: "ModelSpec", bits: int, room_bytes: int) -> tuple[int, str]:
+    """Return how many MoE layers' experts have room, and a note if it is not all."""
+    from moesim.errors import InputError
+    from moesim.model import expert_bytes
+
+    layer_bytes = spec.experts * expert_bytes(spec, bits)
+    count = min(spec.layers, room_bytes // layer_bytes)
+    if count < 1:
+        raise InputError(
+            f"the experts of one layer of {spec.name} take {layer_bytes / 2**30:.1f} GiB, and there"
+            f" is room for {room_bytes / 2**30:.1f} GiB"
+        )
+    said = (
+        f"the first {count} of {spec.layers} MoE layers: the host has room for their experts"
+        if count < spec.layers
+        else ""
+    )
+    return count, said
+
+
 def budget_of(
     spec: "ModelSpec", profile: "HardwareProfile", workload: "Workload", budget: str | None,
     ratio: float | None, bits: int,
@@ -309,7 +341,7 @@ def budget_of(
     return left, f"{said} left"
 
 
-def with_progress(work: Any) -> "Replayed":
+def with_progress(work: Any, what: str = "replaying") -> "Replayed":
     """Do the work, with a progress bar if stderr is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
@@ -320,7 +352,7 @@ def with_progress(work: Any) -> "Replayed":
         run = work(None)
         return run
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("replaying", total=None)
+        task = bar.add_task(what, total=None)
         run = work(lambda done, total: bar.update(task, completed=done, total=total))
     return run
 
