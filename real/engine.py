@@ -16,8 +16,9 @@ from moesim.log import Contents
 from moesim.real.account import totals
 from moesim.real.device import Device
 from moesim.real.forward import Forward
+from moesim.real.store import Experts
 from moesim.real.torch_machine import TorchMachine
-from moesim.real.weights import Experts, Held, Shape, Slot, copy_in, random_expert
+from moesim.real.weights import Held, Shape, Slot, copy_in, random_expert
 from moesim.real.works import Works, slot_memory
 from moesim.residency import contents
 from moesim.run import Prepared

@@ -1,4 +1,4 @@
-"""How an expert's weights lie in memory: in the host's store, in slots of the device, on disk.
+"""How an expert's weights lie in memory: in images on the host, and in slots of the device.
 
 An expert has the matrices gate (width, hidden), up (width, hidden) and down (hidden, width). A row
 of gate, the same row of up and the same column of down are a *neuron*: what a part of an expert
@@ -14,39 +14,23 @@ Images and slots are 1-dimensional tensors of bytes. What the device computes wi
 """
 
 import functools
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from moesim.errors import AuditError, InputError
 from moesim.model import GROUP, packed_bytes
 from moesim.real import operations
-from moesim.real.device import Device
-from moesim.real.devices import host_memory_bytes
 from moesim.types import WHOLE
 
-Source = Callable[[int, int], tuple[Any, Any, Any]]
-"""Of (layer, expert): gate, up, down."""
 Pair = tuple[Any, Any]
 """Target and source of a copy: views of the same shape."""
 
-BLOCK_BYTES = 1 << 30
-"""Pinned memory is taken in blocks: PyTorch rounds every request up to a power of two."""
-ALIGNMENT = 64
 CACHED_WEIGHTS = 1 << 18
 """What a processor packs or restores at a time; a large expert at once took four times as long."""
 POOL = (1 << 20) + 7
 """Random numbers that experts share. A prime: steps of any length visit them all."""
 MOST_EXPERTS = 1 << 16
 """Of a layer, as in traces."""
-HEADER_BYTES = 4096
-"""Of our safetensors files, padded so that weights begin with a page."""
-SPARE = 2
-"""Free space on a disk must be so many times what is written: filling it would harm others."""
 
 
 class Shape(NamedTuple):
@@ -57,6 +41,18 @@ class Shape(NamedTuple):
     by_neuron: bool = False
     """Whether 16 bits are laid out by neuron, too. For runs that copy parts: PyTorch brings columns
     to a CUDA device by way of memory that is not pinned, and makes the lane's thread wait."""
+
+
+class Activation(NamedTuple):
+    """What an expert does beside its matrices, where that is not SwiGLU without biases."""
+
+    between: Callable[[Any, Any], Any]
+    """Makes of gate and up, (tokens, neurons) each, what down is multiplied with."""
+    gate_bias: Any = None
+    """(width,), or None where there are no biases; likewise `up_bias`."""
+    up_bias: Any = None
+    down_bias: Any = None
+    """(hidden,): added with the part that starts at 0."""
 
 
 class Held(NamedTuple):
@@ -257,23 +253,42 @@ def matrices(
     return gate[first:last], up[first:last], down[:, first:last]
 
 
-def computed(rows: Any, weights: Sequence[Any]) -> Any:
-    """Return (tokens, hidden): the FFN with weights as `matrices` returns them."""
+def computed(
+    rows: Any, weights: Sequence[Any], activation: Activation | None = None,
+    part: slice = slice(None), begins: bool = True,
+) -> Any:  # fmt: skip
+    """Return (tokens, hidden): the FFN with weights as `matrices` returns them.
+
+    They are taken to the precision of the rows, if that is another. `part` are their neurons among
+    all, of which biases are; `begins` says that it is the part that starts at 0.
+    """
     import torch
 
-    if len(weights) == 2:
+    weights = [weight.to(rows.dtype) for weight in weights]
+    if len(weights) == 2 and activation is None:
         return operations.expert(rows, *weights)
-    gate, up, down = weights
-    inner = torch.nn.functional.silu(operations.linear(rows, gate)) * operations.linear(rows, up)
-    return operations.linear(inner, down)
+    *inputs, down = weights
+    products = [operations.linear(rows, weight) for weight in inputs]
+    gate, up = products if len(products) == 2 else products[0].chunk(2, dim=-1)
+    if activation is None:
+        return operations.linear(torch.nn.functional.silu(gate) * up, down)
+    if activation.gate_bias is not None:
+        gate, up = gate + activation.gate_bias[part], up + activation.up_bias[part]
+    result = operations.linear(activation.between(gate, up), down)
+    return result + activation.down_bias if begins and activation.down_bias is not None else result
 
 
-def expert_whole(rows: Any, image: Any, shape: Shape, bits: int) -> Any:
+def expert_whole(
+    rows: Any, image: Any, shape: Shape, bits: int, activation: Activation | None = None
+) -> Any:
     """Return (tokens, hidden): an expert computed from its image; `rows` are where that is."""
-    return computed(rows, matrices(image, shape, bits, shape.width, 0, shape.width))
+    whole = matrices(image, shape, bits, shape.width, 0, shape.width)
+    return computed(rows, whole, activation)
 
 
-def expert_piece(rows: Any, slot: Slot, shape: Shape, wanted: Held) -> Any:
+def expert_piece(
+    rows: Any, slot: Slot, shape: Shape, wanted: Held, activation: Activation | None = None
+) -> Any:
     """Return (tokens, hidden): what the wanted part of an expert, which a slot holds, adds.
 
     Parts sum to the expert. One without a neuron adds zeros.
@@ -284,9 +299,8 @@ def expert_piece(rows: Any, slot: Slot, shape: Shape, wanted: Held) -> Any:
     offset, _ = neurons(shape.width, held.start, 0)
     first, last = neurons(shape.width, wanted.start, wanted.part)
     room = slot_neurons(shape, wanted.bits, slot.size_bytes)
-    return computed(
-        rows, matrices(slot.memory, shape, wanted.bits, room, first - offset, last - offset)
-    )
+    part = matrices(slot.memory, shape, wanted.bits, room, first - offset, last - offset)
+    return computed(rows, part, activation, slice(first, last), wanted.start == 0)
 
 
 def check_held(slot: Slot, wanted: Held) -> Held:
@@ -488,194 +502,3 @@ def stretch(numbers: Any, first: int, count: int) -> Any:
     ends = numbers[first : first + count]
     turns, rest = divmod(count - len(ends), len(numbers))
     return torch.cat([ends, *[numbers] * turns, numbers[:rest]])
-
-
-class Experts:
-    """The host's store: an image of every (layer, expert) per precision, pinned.
-
-    `source` makes weights, and is asked again for every further precision. Experts of which
-    `on_disk`, (layers, experts), is not 0 have their image of `bits` in a file of a temporary
-    folder inside `folder`, and in memory only between `reserve` and `forget`; their copies of other
-    precisions stay in memory. `close` removes the files.
-
-    Raises InputError for what neither memory nor disk has room for.
-    """
-
-    def __init__(
-        self, device: Device, shape: Shape, layers: int, experts: int, source: Source,
-        bits: int = 16, *, on_disk: Any = None, folder: Path | None = None,
-    ) -> None:  # fmt: skip
-        """Make the images of `bits`, all of them."""
-        self.device = device
-        self.shape = shape
-        self.bits = bits
-        self.reservations = 0
-        """How many buffers were reserved so far."""
-        self._source = source
-        self._all = [(layer, expert) for layer in range(layers) for expert in range(experts)]
-        self._prepared = [bits]
-        self._images: dict[tuple[int, int, int], Any] = {}
-        self._reserved: dict[tuple[int, int], tuple[int, Any]] = {}
-        self._files: dict[tuple[int, int], Path] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        named = [key for key in self._all if on_disk is not None and on_disk[key]]
-        try:
-            if named:
-                self._write(named, folder)
-            self._make(bits, [key for key in self._all if key not in self._files])
-        except BaseException:
-            self.close()
-            raise
-
-    def prepare(self, precisions: Iterable[int]) -> None:
-        """Make the images of further precisions that are not there yet, in memory."""
-        for bits in precisions:
-            if bits not in self._prepared:
-                self._make(bits, self._all)
-                self._prepared.append(bits)
-
-    def image(self, layer: int, expert: int, bits: int) -> Any:
-        """Return an expert's bytes; for one on disk those of its latest `reserve`, read or not.
-
-        To be asked for when an operation is submitted: what it holds then stays, whatever is
-        forgotten meanwhile. Raises InputError for a precision that was not prepared, AuditError for
-        an expert on disk without a buffer.
-        """
-        if bits == self.bits and (layer, expert) in self._files:
-            if (layer, expert) not in self._reserved:
-                raise AuditError(
-                    f"expert {expert} of layer {layer} is on disk, and was not read before its use"
-                )
-            return self._reserved[layer, expert][1]
-        if (layer, expert, bits) not in self._images:
-            layers, experts = (last + 1 for last in self._all[-1])
-            raise InputError(
-                f"no expert {expert} of layer {layer} at {bits} bits; there are {experts} in each "
-                f"of {layers} layers, prepared at: {', '.join(map(str, self._prepared))} bits"
-            )
-        return self._images[layer, expert, bits]
-
-    def reserve(self, layer: int, expert: int) -> Any:
-        """Return a buffer for an expert on disk to be read into, and let `image` return it."""
-        import torch
-
-        buffer = self.device.host(image_bytes(self.shape, self.bits), dtype=torch.uint8)
-        self._reserved[layer, expert] = self.reservations, buffer
-        self.reservations += 1
-        return buffer
-
-    def read_from_disk(self, layer: int, expert: int, buffer: Any) -> None:
-        """Fill a reserved buffer from the file, past the page cache where the system lets us.
-
-        To be submitted to lane `disk`. Raises InputError if the file cannot be read.
-        """
-        path = self._files[layer, expert]
-        try:
-            with path.open("rb") as file:
-                uncache(file.fileno())
-                file.seek(HEADER_BYTES)
-                count = file.readinto(memoryview(buffer.numpy()))
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from None
-        if count != len(buffer):
-            raise InputError(f"{path} has {count} of the {len(buffer)} bytes of its expert")
-
-    def forget(self, layer: int, before: int) -> None:
-        """Let go of a layer's buffers that were reserved before `reservations` had this value.
-
-        Not before the layer's last hook, which comes after COMBINE and may still copy them.
-        """
-        for key, (number, _) in list(self._reserved.items()):
-            if key[0] == layer and number < before:
-                del self._reserved[key]
-
-    def close(self) -> None:
-        """Remove the files and let go of the memory."""
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
-        self._files.clear()
-        self._images.clear()
-        self._reserved.clear()
-
-    def _packed(self, layer: int, expert: int, bits: int) -> Any:
-        gate, up, down = self._source(layer, expert)
-        expected = (self.shape.width, self.shape.hidden)
-        if gate.shape != expected or up.shape != expected or down.t().shape != expected:
-            raise InputError(
-                f"expert {expert} of layer {layer} has matrices {tuple(gate.shape)}, "
-                f"{tuple(up.shape)}, {tuple(down.shape)}; legal is (width, hidden) = {expected} "
-                "twice, and once the other way round"
-            )
-        return pack(gate, up, down, bits, self.shape.by_neuron)
-
-    def _make(self, bits: int, keys: Sequence[tuple[int, int]]) -> None:
-        images = blocks(self.device, len(keys), image_bytes(self.shape, bits))
-        for key, image in zip(keys, images, strict=True):
-            image.copy_(self._packed(*key, bits))
-            self._images[*key, bits] = image
-
-    def _write(self, keys: Sequence[tuple[int, int]], folder: Path | None) -> None:
-        if folder is None or not folder.is_dir():
-            raise InputError(f"experts on disk need a folder to be written to, not {folder}")
-        needed_bytes = SPARE * len(keys) * image_bytes(self.shape, self.bits)
-        free_bytes = shutil.disk_usage(folder).free
-        if free_bytes < needed_bytes:
-            raise InputError(
-                f"{folder} has {free_bytes} bytes free; {needed_bytes} are needed to write "
-                f"{len(keys)} experts"
-            )
-        try:
-            self._folder = tempfile.TemporaryDirectory(prefix="moesim-experts-", dir=folder)
-            for layer, expert in keys:
-                path = Path(self._folder.name) / f"{layer}-{expert}-{self.bits}.safetensors"
-                write_image(path, self._packed(layer, expert, self.bits))
-                self._files[layer, expert] = path
-        except OSError as error:
-            raise InputError(f"cannot write experts to {folder}: {error.strerror}") from None
-
-
-def blocks(device: Device, count: int, size_bytes: int) -> list[Any]:
-    """Return so many aligned tensors of so many bytes in the host's memory, pinned.
-
-    Raises InputError if there is no room for them.
-    """
-    import torch
-
-    stride = -(-size_bytes // ALIGNMENT) * ALIGNMENT
-    memory_bytes = host_memory_bytes()
-    if memory_bytes and count * stride > memory_bytes:
-        raise InputError(
-            f"{count} experts of {size_bytes} bytes do not fit into the host's {memory_bytes}; "
-            "fewer layers, fewer bits or experts on disk do"
-        )
-    made: list[Any] = []
-    try:
-        while len(made) < count:
-            each = min(count - len(made), max(1, BLOCK_BYTES // stride))
-            block = device.host(each * stride, dtype=torch.uint8)
-            made += [block[i * stride : i * stride + size_bytes] for i in range(each)]
-    except RuntimeError as error:
-        raise InputError(
-            f"no memory for {count} experts of {size_bytes} bytes: {str(error).splitlines()[0]}"
-        ) from None
-    return made
-
-
-def write_image(path: Path, image: Any) -> None:
-    """Write an image as a safetensors file, and let no cache keep it."""
-    size_bytes = image.numel()
-    entry = {"dtype": "U8", "shape": [size_bytes], "data_offsets": [0, size_bytes]}
-    header = json.dumps({"image": entry}).encode().ljust(HEADER_BYTES - 8)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.write(memoryview(image.numpy()))
-        file.flush()
-        os.fsync(file.fileno())
-        uncache(file.fileno())
-
-
-def uncache(handle: int) -> None:
-    """Drop a file's pages from the system's cache, where there is a way to."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -11,9 +11,10 @@ from typing import Any
 from moesim.real.device import Device
 from moesim.real.forward import Forward
 from moesim.real.lanes import Work
+from moesim.real.store import Experts
 from moesim.real.torch_machine import Operation
 from moesim.real.weights import (
-    Experts,
+    Activation,
     Held,
     Slot,
     begin_copy,
@@ -41,6 +42,7 @@ from moesim.types import (
     KV_IN,
     KV_OUT,
     MOVE,
+    NONE,
     PREDICT,
     RESIZE,
     RETURN,
@@ -55,8 +57,12 @@ class Works:
     def __init__(
         self, device: Device, experts: Experts, forward: Forward, slots: Sequence[Slot],
         res: Residency, chunk_bytes: int, precisions: Sequence[int],
+        activation: Callable[[int, int, bool], Activation | None] = lambda *_: None,
     ) -> None:  # fmt: skip
-        """Take the parts of a run; `precisions` are the bits that copies may have."""
+        """Take the parts of a run; `precisions` are the bits that copies may have.
+
+        `activation` tells that of (layer, expert), with biases on the device or not.
+        """
         self.device = device
         self.experts = experts
         self.shape = experts.shape
@@ -65,8 +71,11 @@ class Works:
         self.res = res
         self.chunk_bytes = chunk_bytes
         self.precisions = precisions
+        self.activation = activation
+        self.combined = (NONE, 0)
+        """The layer added up last, and how many reads from disk had been ordered by then."""
         self.kinds: dict[int, Callable[[Operation], Sequence[Work]]] = {
-            ATTENTION: lambda o: [partial(forward.attention, o.layer, o.batch)],
+            ATTENTION: self.attention,
             GATE: lambda o: [partial(forward.gate, o.layer, o.batch)],
             PREDICT: lambda o: [
                 partial(forward.predict_on_cpu if o.queue == CPU else forward.predict, o.layer)
@@ -112,7 +121,8 @@ class Works:
 
         def compute() -> None:
             rows = self.forward.inputs(o.layer, o.expert, o.batch)
-            result = expert_piece(rows, self.slots[o.slot], self.shape, wanted)
+            activation = self.activation(o.layer, o.expert, True)
+            result = expert_piece(rows, self.slots[o.slot], self.shape, wanted, activation)
             self.forward.put(o.layer, o.expert, o.batch, result)
 
         return [compute]
@@ -124,20 +134,24 @@ class Works:
 
         def compute() -> None:
             rows = self.forward.cpu_inputs(o.layer, o.expert)
-            result = expert_whole(rows, image, self.shape, bits)
+            activation = self.activation(o.layer, o.expert, False)
+            result = expert_whole(rows, image, self.shape, bits, activation)
             self.forward.cpu_put(o.layer, o.expert, result, bool(o.context))
 
         return [compute]
 
+    def attention(self, o: Operation) -> Sequence[Work]:
+        """Attend; what was read from disk for the layer before is then of no use any more.
+
+        Not so behind its COMBINE: in the last hook the policy may still fetch of that layer.
+        """
+        self.experts.forget(*self.combined)
+        return [partial(self.forward.attention, o.layer, o.batch)]
+
     def combine(self, o: Operation) -> Sequence[Work]:
-        """Add up a layer; what was read from disk for it is then of no use any more."""
-        reserved = self.experts.reservations
-
-        def compute() -> None:
-            self.forward.combine(o.layer)
-            self.experts.forget(o.layer, reserved)
-
-        return [compute]
+        """Add up a layer."""
+        self.combined = o.layer, self.experts.reservations
+        return [partial(self.forward.combine, o.layer)]
 
     def copy_in(self, o: Operation) -> Sequence[Work]:
         """Bring a part of an expert into a slot, in chunks if others may go between them."""

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from moesim.errors import AuditError, InputError
 from moesim.model import packed_bytes
-from moesim.real import weights
+from moesim.real import store, weights
 from moesim.real.emulated import Emulated, Throttle
 from moesim.real.operations import expert as ffn
+from moesim.real.store import ALIGNMENT, Experts
 from moesim.real.weights import (
-    Experts,
     Held,
     Shape,
     Slot,
@@ -648,7 +648,7 @@ class TestExperts:
         store = Experts(device, SHAPE, 2, 3, source)
         for layer, expert in itertools.product(range(2), range(3)):
             image = store.image(layer, expert, 16)
-            assert image.data_ptr() % weights.ALIGNMENT == 0
+            assert image.data_ptr() % ALIGNMENT == 0
             assert torch.equal(image, pack(*source(layer, expert), 16))
         store.close()
 
@@ -668,12 +668,12 @@ class TestExperts:
         size_bytes = image_bytes(SHAPE, 16)
         for limit, blocks in ((1 << 30, [6]), (4 * size_bytes, [4, 2]), (1, [1] * 6)):
             asked.clear()
-            monkeypatch.setattr(weights, "BLOCK_BYTES", limit)
+            monkeypatch.setattr(store, "BLOCK_BYTES", limit)
             Experts(device, SHAPE, 2, 3, source).close()
             assert asked == [count * size_bytes for count in blocks]
 
     def test_images_of_odd_sizes_are_aligned(self, device: Emulated) -> None:
-        made = weights.blocks(device, 3, 300)
+        made = store.blocks(device, 3, 300)
         assert [image.data_ptr() - made[0].data_ptr() for image in made] == [0, 320, 640]
         assert {len(image) for image in made} == {300}
 
@@ -788,7 +788,7 @@ class TestExperts:
         for folder in (None, tmp_path / "none"):
             with pytest.raises(InputError, match=f"need a folder to be written to, not {folder}"):
                 Experts(device, SHAPE, 2, 3, source, on_disk=on_disk, folder=folder)
-        monkeypatch.setattr(weights, "SPARE", 1 << 50)
+        monkeypatch.setattr(store, "SPARE", 1 << 50)
         with pytest.raises(InputError, match=r"bytes free; \d+ are needed to write 3 experts"):
             Experts(device, SHAPE, 2, 3, source, on_disk=on_disk, folder=tmp_path)
 
@@ -806,12 +806,12 @@ class TestExperts:
     def test_more_than_there_is_memory(
         self, device: Emulated, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(weights, "host_memory_bytes", lambda: 10_000)
+        monkeypatch.setattr(store, "host_memory_bytes", lambda: 10_000)
         with pytest.raises(
             InputError, match="6 experts of 3072 bytes do not fit into the host's 10"
         ):
             Experts(device, SHAPE, 2, 3, source)
-        monkeypatch.setattr(weights, "host_memory_bytes", lambda: 0)
+        monkeypatch.setattr(store, "host_memory_bytes", lambda: 0)
 
         def full(*shape: int, dtype: Any, pinned: bool = True) -> Any:
             raise RuntimeError("out of memory\nand a trace")
