@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import msgspec
 import yaml
 
+from moesim.calibrate.attention import shape_of as attention_shape
 from moesim.calibrate.calibration import Calibration
 from moesim.calibrate.fit import MISSES
 from moesim.calibrate.sections import KINDS, SCRIPT, made_of, provenance
 from moesim.calibrate.tables import Finding, fitted_experts, rates_alone, tables_of
 from moesim.errors import CalibrationError
 from moesim.model import ModelSpec
-from moesim.profile import HardwareProfile, Origins, Provenance
+from moesim.profile import HardwareProfile, Origins, Provenance, Tables
 
 
 class Assembled(NamedTuple):
@@ -26,7 +27,7 @@ class Assembled(NamedTuple):
     """Fits that are too far off, and what is used instead."""
     notices: tuple[str, ...]
     absent: tuple[str, ...]
-    """Sections that were not measured, and where their numbers come from."""
+    """Sections that were not measured, wholly or in part, and where their numbers come from."""
 
 
 def assemble(found: Calibration, models: Sequence[ModelSpec], base: HardwareProfile) -> Assembled:
@@ -58,16 +59,16 @@ def assemble(found: Calibration, models: Sequence[ModelSpec], base: HardwareProf
         if part is None:
             absent.append(f"{name}, from {base.name} ({getattr(base.provenance, name).source})")
             continue
-        origins[name] = provenance(part.used, part.note)
+        origins[name] = msgspec.structs.replace(
+            provenance(part.used, part.note), source=part.source
+        )
+        if part.source != "measured":
+            absent.append(f"{name}, some of it, from {base.name} ({part.source})")
         findings += part.findings
         misses += part.misses
     tables = tables_of(kept, measured, notices)
-    shapes = {(table.hidden, table.width) for table in tables.tables.expert_cpu}
-    notices += [
-        f"{model.name}: there is no table of its experts on the CPU"
-        for model in models
-        if shape_of(model) not in shapes
-    ]
+    for model in models:
+        notices += lacking(model, tables.tables, device=found.device["label"] != "cpu")
     profile = HardwareProfile(
         schema="moesim.hardware/1",
         name=name_of(found, base),
@@ -111,16 +112,35 @@ def six_digits(plain: Any) -> Any:
     return float(f"{plain:.6g}") if isinstance(plain, float) else plain
 
 
-def shape_of(model: ModelSpec) -> tuple[int, int]:
-    """Return what tells experts apart: hidden size and width."""
-    return model.hidden, model.expert_width
+def lacking(model: ModelSpec, tables: Tables, *, device: bool) -> Iterator[str]:
+    """Give a line for what of a model has no table and is simulated from rates.
+
+    Without a device nothing is expected of the GPU.
+    """
+    shape = model.hidden, model.expert_width
+    places = [("CPU", tables.expert_cpu)] + [("GPU", tables.expert_gpu)] * device
+    for place, own in places:
+        if shape not in {(table.hidden, table.width) for table in own}:
+            yield f"{model.name}: there is no table of its experts on the {place}"
+    if not device:
+        return
+    try:
+        wanted = attention_shape(model)
+    except CalibrationError as error:
+        yield f"{error}: its attention is simulated from rates"
+        return
+    if wanted not in {(t.hidden, t.heads, t.kv_heads, t.head_dim) for t in tables.attention}:
+        yield f"{model.name}: there is no table of its attention"
 
 
 def name_of(found: Calibration, base: HardwareProfile) -> str:
     """Return a name that says what the device was."""
-    own = re.sub(r"[^a-z0-9]+", "-", found.before.cpu.lower().split("@")[0]).strip("-")[:40]
-    label = found.device["label"]
-    return {"cpu": f"{own}-with-{base.name}", "emulated": f"emulated-{own}"}.get(label, own)
+    own, gpu = (
+        re.sub(r"[^a-z0-9]+", "-", name.lower().split("@")[0]).strip("-")[:40].rstrip("-")
+        for name in (found.before.cpu, found.device["name"])
+    )
+    names = {"cpu": f"{own}-with-{base.name}", "emulated": f"emulated-{own}"}
+    return names.get(found.device["label"], f"{gpu}-{own}")
 
 
 def description_of(found: Calibration, base: HardwareProfile) -> str:
@@ -167,9 +187,19 @@ def warnings(found: Calibration) -> Iterator[str]:
         )
     elif busy and max(busy) > 2 * found.before.threads:
         yield f"the load rose to {max(busy):.1f} meanwhile: something else ran, too"
+    kept_busy = sum(o.reused and o.kept is not None and o.kept.busy for o in found.outcomes)
+    if kept_busy:
+        yield (
+            f"{kept_busy} series that were kept had been measured on a busy machine;"
+            " --fresh measures them again"
+        )
     if power := power_of(found):
         yield f"mean power: {power}"
     series = [o.kept.series for o in found.outcomes if o.kept is not None]
+    for one in series:
+        for fact, what in (("stopped", "stopped"), ("left_out", "without")):
+            if fact in one.facts:
+                yield f"{one.name}: {what} {one.facts[fact]}"
     restless = sum(not p.settled for s in series for p in s.points)
     every = sum(len(s.points) for s in series)
     if restless > every / 10:

@@ -36,6 +36,8 @@ JUDGES = (
 """Files of `calibrate` that do not measure."""
 LANES = ("cuda.py", "devices.py", "emulated.py", "lanes.py", "operations.py")
 """Files of `real` on which something is measured."""
+WALKED = ("host.py", "residency.py", "forecast.py", "state.py", "costs.py")
+"""Files of the host program."""
 
 Progress = Callable[[int, int, float, str], None]
 """Called with tasks done, all tasks, about how many seconds are left, and the task that begins;
@@ -51,6 +53,8 @@ class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     load: float
     """Of the machine just before; see `facts.Facts`."""
     versions: dict[str, str]
+    busy: bool = False
+    """Whether others were at work before that calibration began."""
     watts: dict[str, float] = {}
     """Mean power of the whole task by source, as far as the machine tells it; see `power`."""
 
@@ -134,6 +138,7 @@ def run_tasks(
                 date=datetime.now(UTC).date().isoformat(),
                 seconds=clock() - start,
                 load=load_now,
+                busy=before.busy,
                 versions=versions(),
                 watts=watts(counted, reading(bench.device)),
             )
@@ -190,6 +195,8 @@ def digest(task: Task, bench: Bench, facts: Facts) -> str:
         "versions": versions(),
         "code": code_digest(),
     }
+    if task.name.startswith("host/"):
+        what["walked"] = walked_digest()
     text = json.dumps(what, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -204,6 +211,19 @@ def code_digest() -> str:
     own, real = (Path(next(iter(p.__path__))) for p in (moesim.calibrate, moesim.real))
     measuring = [path for path in sorted(own.glob("*.py")) if path.name not in JUDGES]
     for path in (*measuring, *(real / name for name in LANES)):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+@cache
+def walked_digest() -> str:
+    """Return a digest of the host program and the policies, whose own times are measured, too."""
+    import moesim
+    import moesim.policies
+
+    found = hashlib.sha256()
+    own, policies = (Path(next(iter(p.__path__))) for p in (moesim, moesim.policies))
+    for path in (*(own / name for name in WALKED), *sorted(policies.rglob("*.py"))):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
 

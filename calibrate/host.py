@@ -40,7 +40,7 @@ Clock = Callable[[], int]
 """As `time.perf_counter_ns`, which tickets use too."""
 
 QUEUED = 200
-"""Submissions in a row, and waits in a row."""
+"""Submissions in a row."""
 SHORT_S = 100e-6
 """An operation that is waited for; it sleeps, and so leaves Python to the host as kernels do."""
 MODEL = "qwen3-30b-a3b"
@@ -81,52 +81,33 @@ def launch_once(lane: Lane, count: int, clock: Clock = time.perf_counter_ns) -> 
     return once
 
 
-def idle_launch_once(lane: Lane, clock: Clock = time.perf_counter_ns) -> Callable[[], int]:
-    """Return an operation that submits work to a lane that waits for it."""
-
-    def once() -> int:
-        start = clock()
-        ticket = lane.submit(nothing)
-        spent = clock() - start
-        ticket.wait()
-        return max(1, spent)
-
-    return once
-
-
-def done_once(lane: Lane, count: int, clock: Clock = time.perf_counter_ns) -> Callable[[], int]:
-    """Return an operation that waits for what is over."""
-    ticket = lane.submit(nothing).wait()
-
-    def once() -> int:
-        start = clock()
-        for _ in range(count):
-            ticket.wait()
-        return max(1, (clock() - start) // count)
-
-    return once
-
-
 def sync_once(
     lane: Lane, sleep: Callable[[float], None] = time.sleep, clock: Clock = time.perf_counter_ns
 ) -> Callable[[], int]:
-    """Return an operation that waits for a short one, and the ns from its end until it is known."""
+    """Return an operation that waits for a short one, and the ns from its end until it is known.
+
+    The end is taken by the host's own clock: a device's is known to some µs only, as much as this.
+    """
 
     def once() -> int:
-        ticket = lane.submit(partial(sleep, SHORT_S)).wait()
-        return max(1, clock() - ticket.end_ns)
+        ended: list[int] = []
+
+        def work() -> None:
+            sleep(SHORT_S)
+            ended.append(clock())
+
+        lane.submit(work).wait()
+        return max(1, clock() - ended[0])
 
     return once
 
 
 def lane_series(bench: Bench, name: str) -> Series:
-    """Return `host/launch/queued`, `host/launch/idle`, `host/sync/done` or `host/sync/short`."""
+    """Return `host/launch/queued` or `host/sync/short`."""
     lanes = bench.device.lanes
     lane = lanes["gpu"] if "gpu" in lanes else lanes["cpu"]
     ways: dict[str, tuple[int, Callable[[], int]]] = {
         "host/launch/queued": (QUEUED, launch_once(lane, QUEUED)),
-        "host/launch/idle": (1, idle_launch_once(lane)),
-        "host/sync/done": (QUEUED, done_once(lane, QUEUED)),
         "host/sync/short": (1, sync_once(lane)),
     }
     count, once = ways[name]
@@ -383,7 +364,7 @@ def host_section(found: Sequence[Series]) -> Host:
 
 def tasks(bench: Bench, policies: Sequence[str] = tuple(BUILTIN)) -> list[Task]:
     """Return what is to be measured."""
-    names = ("host/launch/queued", "host/launch/idle", "host/sync/done", "host/sync/short")
+    names = ("host/launch/queued", "host/sync/short")
     seconds = bench.limits.seconds
     found = [Task(name, seconds, partial(lane_series, name=name)) for name in names]
     found.append(Task("host/layer", 1.0, layer_series))

@@ -7,13 +7,14 @@ what other measurements are held against (`plausible`).
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from moesim.calibrate.series import Bench, Point, Series, Task, point
-from moesim.calibrate.timing import measure
+from moesim.calibrate.timing import calls_for, measure
 from moesim.errors import CalibrationError
+from moesim.real.devices import available_bytes
 from moesim.real.lanes import Lane
 
 LEAST_ARENA_BYTES = 128 << 20
@@ -27,29 +28,29 @@ held against must not come from one bad moment."""
 SIZES = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
 
 
-def cache_bytes() -> int:
-    """Return the size of the processor's largest cache, 0 where the system does not tell."""
+@cache
+def cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Return the size of all caches of the level that holds most, of the cores that may be used.
+
+    There are several of the last level where cores come in groups or sockets, and the threads of a
+    lane fill all of them. 0 where the system does not tell.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    found = 0
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+    found: dict[str, dict[str, int]] = {}
+    threads = os.sched_getaffinity(0)
+    for folder in (own for cpu in threads for own in cpus.glob(f"cpu{cpu}/cache/index*")):
         try:
-            text = path.read_text(encoding="ascii").strip()
+            level, kind, size, shared = (
+                (folder / name).read_text(encoding="ascii").strip()
+                for name in ("level", "type", "size", "shared_cpu_list")
+            )
         except OSError:
             continue
-        if text[:-1].isdigit() and text[-1] in units:
-            found = max(found, int(text[:-1]) * units[text[-1]])
-    return found
-
-
-def available_bytes() -> int:
-    """Return the host memory that is free for use; 1 GiB where the system does not tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except (OSError, ValueError):
-        pass
-    return 1 << 30
+        if kind != "Instruction" and size[:-1].isdigit() and size[-1] in units:
+            found.setdefault(level, {})[shared] = int(size[:-1]) * units[size[-1]]
+    return max((sum(level.values()) for level in found.values()), default=0)
 
 
 def arena_bytes(bench: Bench, largest: int, *, on_device: bool) -> int:
@@ -101,16 +102,26 @@ def rotating(arena: Any, size_bytes: int) -> Iterator[Any]:
 
 
 def stream(lane: Lane, arena: Any, size_bytes: int) -> Callable[[], int]:
-    """Return an operation that reads so many bytes on a lane, and how long it took in ns."""
+    """Return an operation that reads so many bytes on a lane, and how long it took in ns.
+
+    A device reads 64 MiB in less time than it takes to begin; as many such stretches as `calls_for`
+    says are one ticket, and their mean is what one takes.
+    """
     import torch
 
     buffers = rotating(arena, size_bytes)
 
-    def once() -> int:
-        values = next(buffers).view(torch.float32)
-        return lane.submit(values.sum).wait().ns
+    def timed(calls: int) -> int:
+        parts = [next(buffers).view(torch.float32) for _ in range(calls)]
 
-    return once
+        def work() -> None:
+            for part in parts:
+                part.sum()
+
+        return max(1, lane.submit(work).wait().ns // calls)
+
+    calls = calls_for(min(timed(1), timed(1)))
+    return lambda: timed(calls)
 
 
 def thread_counts(most: int, *, quick: bool) -> list[int]:
@@ -160,11 +171,19 @@ def fastest(found: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def device_series(bench: Bench) -> Series:
-    """Return how long the lane `gpu` takes to read device memory, by bytes."""
+    """Return how long the lane `gpu` takes to read device memory, by bytes.
+
+    Raises CalibrationError for a device without room for two of the smallest stretches.
+    """
     lane = bench.device.lanes["gpu"]
     whole = arena_bytes(bench, SIZES[-1], on_device=True)
-    arena = device_arena(bench, whole)
     sizes = [size for size in SIZES if size <= whole // 2]
+    if not sizes:
+        raise CalibrationError(
+            f"memory of {bench.device.memory_bytes} bytes is too little to be read in stretches; "
+            f"{4 * SIZES[0]} is the least"
+        )
+    arena = device_arena(bench, whole)
     found = [
         point(size, measure(stream(lane, arena, size), bench.limits)) for size in sizes * ROUNDS
     ]

@@ -1,19 +1,17 @@
-"""What cannot be true: rates beyond what the machine's own memory, processor or link allows.
+"""What cannot be true: rates beyond what the machine's own memory or a stated link allows.
 
-Nothing moves more bytes than memory gives, nor computes more than the peak. A measurement that says
-so has timed something else: a cache, a kernel that had not ended, a copy that was not made.
+Nothing moves more bytes than memory gives. A measurement that says so has timed something else: a
+cache, a kernel that had not ended, a copy that was not made. Operations are held to nothing, since
+no system tells its processor's peak.
 """
 
 from moesim.calibrate.series import Series
 from moesim.errors import CalibrationError
-from moesim.profile import Channel
 
 MEMORY_TOLERANCE = 0.25
 """Against a measured memory bandwidth. That is itself a low quartile, taken with one kernel at one
 moment; on a machine that others use two runs of it differ by about a fifth. What a cache feigns is
 a factor of two and more."""
-PEAK_TOLERANCE = 0.05
-"""Against a stated peak: it holds at a stated clock, which processors exceed by a few percent."""
 THROTTLE_TOLERANCE = 0.001
 """Against a link's stated throttle, which is kept by the same clock that measures it."""
 
@@ -35,14 +33,6 @@ def hold_bytes(
     hold(what, per_second(what, size_bytes, ns), limit_bytes_per_s, "bytes/s", why, tolerance)
 
 
-def hold_flops(
-    what: str, flops: float, ns: float, peak_flops_per_s: float,
-    tolerance: float = PEAK_TOLERANCE,
-) -> None:  # fmt: skip
-    """Raise CalibrationError if so many operations were computed faster than the peak."""
-    hold(what, per_second(what, flops, ns), peak_flops_per_s, "flops/s", "the peak", tolerance)
-
-
 def per_second(what: str, amount: float, ns: float) -> float:
     """Return a rate; raise CalibrationError for times that are none."""
     if not 0 < ns < float("inf"):
@@ -51,10 +41,7 @@ def per_second(what: str, amount: float, ns: float) -> float:
 
 
 def hold_copies(series: Series, memory_bytes_per_s: float) -> None:
-    """Raise CalibrationError if a copy was faster than memory is read.
-
-    What is copied must be read somewhere: the slower of host and device memory is the limit.
-    """
+    """Raise CalibrationError if a copy was faster than memory is read."""
     for point in series.points:
         size = moved_bytes(series, point.at)
         what = f"{series.name} at {point.at:.0f} bytes"
@@ -89,7 +76,7 @@ def hold_weights(
     what: str, weight_bytes: float, ns: float, memory_bytes_per_s: float, *, rotating_bytes: float,
     cache_bytes: float,
 ) -> None:  # fmt: skip
-    """Raise CalibrationError if an expert was computed faster than its weights are read.
+    """Raise CalibrationError if something was computed faster than its weights are read.
 
     Where the buffers that rotate fit into the caches nothing is known, and nothing is held: the
     weights may have come from there.
@@ -105,8 +92,3 @@ def hold_disk(series: Series, memory_bytes_per_s: float) -> None:
         what = f"{series.name} at {point.at:.0f} bytes"
         why = "the rate at which memory is read"
         hold_bytes(what, point.at, point.ns, memory_bytes_per_s, why)
-
-
-def hold_channel(what: str, channel: Channel, limit_bytes_per_s: float, why: str) -> None:
-    """Raise CalibrationError if a fitted rate is beyond the limit, even where no point is."""
-    hold(what, channel.bytes_per_s, limit_bytes_per_s, "bytes/s", why, MEMORY_TOLERANCE)

@@ -6,7 +6,7 @@ reported, and points are used instead of it.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -15,7 +15,7 @@ from moesim.calibrate import host, plausible
 from moesim.calibrate.calibration import Calibration, Kept
 from moesim.calibrate.copies import FittedChannel, chunk_bytes, fit_channel
 from moesim.calibrate.fit import MISSES, fit_line
-from moesim.calibrate.interference import contention
+from moesim.calibrate.interference import TOKENS, contention
 from moesim.calibrate.memory import read_rate
 from moesim.calibrate.series import Series
 from moesim.calibrate.tables import Expert, Finding, spread_of
@@ -42,6 +42,8 @@ class Part(NamedTuple):
     used: tuple[Kept, ...]
     findings: tuple[Finding, ...]
     misses: tuple[str, ...] = ()
+    source: Literal["measured", "datasheet", "scaled"] = "measured"
+    """That of the part which is known worst."""
 
 
 def provenance(used: Sequence[Kept], note: str) -> Provenance:
@@ -84,7 +86,7 @@ def made_of(
         "link": lambda: link_part(kept, calibration, base.link),
         "disk": lambda: disk_part(kept),
         "host": lambda: host_part(kept),
-        "interference": lambda: interference_part(kept),
+        "interference": lambda: interference_part(kept, calibration, base),
     }
     return makers[section]()
 
@@ -194,7 +196,10 @@ def gpu_part(
         return None
     used = [e.kept for e in own]
     kernels, launch_ns = base.kernels, None
-    notes = [f"{kernels.expert} kernels per expert are assumed"]
+    notes = [
+        f"kernels are assumed: {kernels.expert} per expert, {kernels.combine} to combine,"
+        f" {kernels.attention} for attention"
+    ]
     smallest = min(least_times(kept, "combine"), key=lambda c: c[2], default=None)
     if smallest is not None:
         launch_ns = smallest[2] / kernels.combine
@@ -278,8 +283,14 @@ def cpu_part(
 
 
 def hold_link(kept: Mapping[str, Kept], calibration: Calibration) -> None:
-    """Raise CalibrationError for copies faster than memory is read, or than a stated throttle."""
-    names = ("memory/host/read", "memory/device/read")
+    """Raise CalibrationError for copies faster than memory is read, or than a stated throttle.
+
+    A few threads do not read the host's memory as fast as a real device does by itself, which is
+    held to its own memory only.
+    """
+    names = ["memory/device/read"]
+    if calibration.device["label"] != "cuda":
+        names.append("memory/host/read")
     memories = [read_rate(kept[name].series) for name in names if name in kept]
     stated = calibration.device.get("link")
     for name, one in kept.items():
@@ -378,8 +389,13 @@ def number(fact: float | str | None) -> float | None:
     return float(fact) if isinstance(fact, int | float) else None
 
 
-def interference_part(kept: Mapping[str, Kept]) -> Part | None:
-    """Return the section `interference`."""
+def interference_part(
+    kept: Mapping[str, Kept], calibration: Calibration, base: HardwareProfile
+) -> Part | None:
+    """Return the section `interference`.
+
+    Without a device, what its lanes do to others is that of `base`, as these lanes are.
+    """
     used = [one for name, one in kept.items() if name.startswith("interference/")]
     if not used:
         return None
@@ -390,8 +406,19 @@ def interference_part(kept: Mapping[str, Kept]) -> Part | None:
         for one, entry in zip(used, entries, strict=True)
         for lane, factor in entry.slow.items()
     ]  # fmt: skip
-    note = f"{len(entries)} sets of lanes together; alone before and after"
-    return Part(tuple(entries), note, tuple(used), tuple(findings))
+    note = f"{len(entries)} sets of lanes, experts of {TOKENS} tokens; medians, alone by together"
+    others = []
+    if calibration.device["label"] == "cpu":
+        measured = {frozenset(entry.busy) for entry in entries}
+        others = [entry for entry in base.interference if frozenset(entry.busy) not in measured]
+    if not others:
+        return Part(tuple(entries), note, tuple(used), tuple(findings))
+    origin = base.provenance.interference
+    note = (
+        f"measured: {note}; {len(others)} sets with lanes of a device are those of {base.name}"
+        f" ({origin.source})"
+    )
+    return Part((*entries, *others), note, tuple(used), tuple(findings), source=origin.source)
 
 
 def host_part(kept: Mapping[str, Kept]) -> Part | None:
@@ -414,5 +441,5 @@ def host_part(kept: Mapping[str, Kept]) -> Part | None:
         Finding("host", f"deciding, slowest: {policies[-1][0]}", policies[-1][1], "ns"),
     )
     facts = next((one.series.facts for one in used if one.series.name == "host/layer"), {})
-    note = f"host program and {len(policies)} policies; {facts.get('how', '')}"
+    note = f"host program; {len(policies)} policies, each its median; {facts.get('how', '')}"
     return Part(section, note, tuple(used), findings)

@@ -32,7 +32,7 @@ class Series(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """As `copy/h2d/pinned` or `expert/cpu/2048x768/16`: unique within a calibration."""
     unit: str
     points: tuple[Point, ...]
-    facts: dict[str, float | str] = {}
+    facts: dict[str, int | float | str] = {}  # int too: what is kept must read back as 1, not 1.0
     """Whatever else is to be known: shapes, threads, sizes of rotating buffers."""
 
 

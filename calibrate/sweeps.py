@@ -13,15 +13,11 @@ from typing import Any, NamedTuple
 from moesim.calibrate.copies import shortened
 from moesim.calibrate.memory import arena_bytes, cache_bytes
 from moesim.calibrate.series import Bench, Point, Series, point
-from moesim.calibrate.timing import Limits, Timed, measure
+from moesim.calibrate.timing import MOST_CALLS, Limits, Timed, calls_for, measure
 from moesim.errors import CalibrationError
 from moesim.profile import Provenance
 from moesim.real.lanes import Lane
 
-ENOUGH_NS = 500_000
-"""Operations are put into one ticket until it takes about as long as this."""
-MOST_CALLS = 16
-"""In one ticket."""
 LONGEST = 1.0
 """What a single call may take, in units of the time for a point; a longer one ends a series."""
 PASSES = 2
@@ -190,7 +186,7 @@ def sweep(
             )
             if first:
                 break
-        calls = max(1, min(MOST_CALLS, ENOUGH_NS // trial_ns))
+        calls = calls_for(trial_ns)
         limits = shortened(bench.limits, trial_ns)
         once = partial(timed, call, calls)
         found = measure(once, limits)
@@ -199,7 +195,7 @@ def sweep(
             break
         first.append((size, once, limits, found))
     for size, again, limits, found in first:
-        both = merged(found, measure(again, limits), limits)
+        both = merged(found, measure(again, limits), bench.limits)
         points.append(point(size.at, both, held_out=size.held_out))
     return tuple(points), facts
 
@@ -214,7 +210,7 @@ def merged(one: Timed, other: Timed, limits: Limits) -> Timed:
         median_ns=median_ns,
         spread=spread,
         repetitions=one.repetitions + other.repetitions,
-        settled=spread <= limits.spread,
+        settled=one.repetitions + other.repetitions >= limits.least and spread <= limits.spread,
         outliers=one.outliers + other.outliers,
     )
 

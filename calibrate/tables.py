@@ -90,24 +90,23 @@ def fitted_experts(kept: Mapping[str, Kept], notices: list[str]) -> Iterator[Exp
                 continue
             hidden, width, bits = (int(parts[i]) for i in (2, 3, 4))
             own = Expert(one, parts[1], hidden, width, bits, bool(parts[5]), made)
-            hold_expert(own, kept)
+            hold_weights(one.series, own.lane, kept)
         except CalibrationError as error:
             notices.append(f"{name} is not used: {error}")
             continue
         yield own
 
 
-def hold_expert(own: Expert, kept: Mapping[str, Kept]) -> None:
-    """Raise CalibrationError for an expert that was faster than its weights can be read."""
-    limit = kept.get("memory/device/read" if own.lane == "gpu" else "memory/host/read")
-    facts = own.kept.series.facts
-    sizes = [facts.get(key) for key in ("weight_bytes", "buffer_bytes", "cache_bytes")]
+def hold_weights(series: Series, lane: str, kept: Mapping[str, Kept]) -> None:
+    """Raise CalibrationError for what was done faster than its weights can be read."""
+    limit = kept.get("memory/device/read" if lane == "gpu" else "memory/host/read")
+    sizes = [series.facts.get(key) for key in ("weight_bytes", "buffer_bytes", "cache_bytes")]
     if limit is None or not all(isinstance(size, int | float) for size in sizes):
         return
     weights, rotating, cache = (float(size) for size in sizes)  # type: ignore[arg-type]
-    for p in own.kept.series.points:
+    for p in series.points:
         plausible.hold_weights(
-            f"{own.kept.series.name} at {p.at:.0f} tokens", weights, p.ns, read_rate(limit.series),
+            f"{series.name} at {p.at:.0f} {series.unit}", weights, p.ns, read_rate(limit.series),
             rotating_bytes=rotating, cache_bytes=cache,
         )  # fmt: skip
 
@@ -116,7 +115,7 @@ def tables_of(kept: Mapping[str, Kept], found: Sequence[Expert], notices: list[s
     """Return the tables of all that was measured; what cannot be one is noticed."""
     expert, of_experts = expert_tables(found)
     attentions, of_attention = attention_tables(kept, notices)
-    layers, of_layers = layer_tables(kept)
+    layers, of_layers = layer_tables(kept, notices)
     findings = [*of_experts, *of_attention, *of_layers]
     misses = dict.fromkeys(
         f"{one.what.partition(',')[0]}: lines between what was measured are off by"
@@ -175,6 +174,8 @@ def attention_tables(
     for shape, used in sorted(shapes.items()):
         series = [one.series for one in used]
         try:
+            for measured in series:
+                hold_weights(measured, "gpu", kept)
             own = attention.judged(series, used[0].date, used[0].versions)
         except CalibrationError as error:
             notices.append(f"attention {shape} is not used: {error}")
@@ -187,12 +188,19 @@ def attention_tables(
     return tuple(made), findings
 
 
-def layer_tables(kept: Mapping[str, Kept]) -> tuple[tuple[LayerTable, ...], list[Finding]]:
+def layer_tables(
+    kept: Mapping[str, Kept], notices: list[str]
+) -> tuple[tuple[LayerTable, ...], list[Finding]]:
     """Return a table for all that was measured of a layer beside attention and experts."""
     made, findings = [], []
     for name, one in sorted(kept.items()):
         parts = re.fullmatch(rf"({'|'.join(LAYER_KINDS)})/gpu/(\d+)x(\d+)", name)
         if parts is None or not any(not p.held_out for p in one.series.points):
+            continue
+        try:
+            hold_weights(one.series, "gpu", kept)
+        except CalibrationError as problem:
+            notices.append(f"{name} is not used: {problem}")
             continue
         kind: Any = parts[1]
         points, error = tabled(one.series)
@@ -239,14 +247,15 @@ def rates_alone(profile: HardwareProfile, models: Sequence[ModelSpec]) -> dict[s
             for table in tables:
                 if (table.hidden, table.width) == (model.hidden, model.expert_width):
                     compare(kind, table.points, curves[BITS.index(table.bits)])
-        sizes = {
-            "gate": (model.experts + model.weightless_experts, costs.gate_ns),
-            "ffn": (model.shared_width, costs.shared_ns),
-            "combine": (model.top_k, costs.combine_ns),
-            "head": (model.vocab, costs.head_ns),
+        curves_of = {
+            ("gate", model.experts + model.weightless_experts): costs.gate_ns,
+            ("ffn", model.shared_width): costs.shared_ns,
+            ("ffn", model.dense_width): costs.dense_ns,
+            ("combine", model.top_k): costs.combine_ns,
+            ("head", model.vocab): costs.head_ns,
         }
         for one in own.layer:
-            size, curve = sizes[one.kind]
-            if (one.hidden, one.size) == (model.hidden, size):
+            curve = curves_of.get((one.kind, one.size))
+            if one.hidden == model.hidden and curve is not None:
                 compare(one.kind, one.points, curve)
     return worst

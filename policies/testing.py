@@ -72,6 +72,7 @@ def make_costs(
         kv_bytes=np.full(layers, kv_bytes),
         token_bytes=token_bytes,
         kind_source=np.full(len(KINDS), DATASHEET),
+        kind_most=np.full(len(KINDS), 1 << 62),
         expert_gpu_source=np.full((4, tokens + 1), DATASHEET),
         expert_cpu_source=np.full((4, tokens + 1), DATASHEET),
     )

@@ -118,7 +118,8 @@ class Forward:
         tokens = self.now.tokens
         ids = torch.from_numpy(self.ids[self.now.rows])
         torch.index_select(self.dense.embedding, 0, ids, out=self._embedded[:tokens])
-        self.device.copy(self._stream[:tokens], self._embedded[:tokens])
+        # Not over the link: an engine looks them up on the device.
+        self._stream[:tokens].copy_(self._embedded[:tokens], non_blocking=True)
         self.residual = self._stream[:tokens]
 
     def attends_on_cpu(self) -> bool:

@@ -126,7 +126,8 @@ class Choices:
                 self._host[own].view(part.dtype).view(part.shape).copy_(part)
                 views.append(self._device[own].view(part.dtype).view(part.shape))
                 taken = own.stop
-            self.device.copy(self._device[:taken], self._host[:taken])
+            # Not over the link: an engine's router leaves its choice on the device.
+            self._device[:taken].copy_(self._host[:taken], non_blocking=True)
             self._placed = routing, views
         places, rows, weights = self._placed[1]
         return places, rows, weights

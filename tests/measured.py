@@ -40,6 +40,9 @@ class Fake:
     def copy(self, target: Any, source: Any) -> None:
         raise NotImplementedError
 
+    def free(self, tensor: Any) -> None:
+        raise NotImplementedError
+
     def free_all(self) -> None:
         self.freed += 1
 

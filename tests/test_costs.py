@@ -317,6 +317,9 @@ def test_measured_layers_win_at_the_precision_that_was_measured() -> None:
     )
     assert (packed.gate_ns == plain.gate_ns).all()
     assert packed.kind_source[types.GATE] == types.DATASHEET
+    sources = [source_of(costs, types.GATE, tokens, 0) for tokens in (1, 5, 6)]
+    assert sources == [types.INTERPOLATED, types.INTERPOLATED, types.EXTRAPOLATED]
+    assert source_of(plain, types.GATE, 6, 0) == types.DATASHEET
 
 
 def test_measured_copies_lie_between_their_points_and_beyond_at_the_rate() -> None:

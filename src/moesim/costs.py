@@ -131,6 +131,8 @@ class Costs(NamedTuple):
     """One token's hidden state, as it travels to the CPU and back."""
     kind_source: IntArray
     """(kinds,): `types.SOURCES` code of each kind's numbers; experts have tables of their own."""
+    kind_most: IntArray
+    """(kinds,): the amount up to which that holds; more is extrapolated from what was measured."""
     expert_gpu_source: IntArray
     """(precisions, tokens + 1)."""
     expert_cpu_source: IntArray
@@ -211,6 +213,8 @@ def duration_ns(  # noqa: PLR0912  one branch per kind
 def source_of(costs: Costs, kind: int, amount: int, precision: int) -> int:
     """Return the `types.SOURCES` code of the number behind an operation's duration."""
     source: int = costs.kind_source[kind]
+    if source == INTERPOLATED and amount > costs.kind_most[kind]:
+        source = EXTRAPOLATED
     if kind == EXPERT_GPU:
         source = costs.expert_gpu_source[precision, amount]
     elif kind == EXPERT_CPU:
@@ -278,11 +282,13 @@ def build_costs(
     most = max(tokens, sequences)
     kind_source = np.full(len(KINDS), _derived(origin.gpu), np.int64)
     kind_source[[EXPERT_CPU, ATTENTION_CPU]] = _derived(origin.cpu)
+    kind_most = np.full(len(KINDS), NO_LINE, np.int64)
 
     def of_layer(kinds: list[int], name: str, size: int, roof: _Roofline, most: int) -> IntArray:
         table = _layer_table(tables.layer, name, hidden, size) if dense_bits == 16 else None
         if table is not None:
             kind_source[kinds] = _between(table.provenance)
+            kind_most[kinds] = table.points[-1][0]
         return _curve(roof, table, most, 0)[0]
 
     attention = on_gpu(gpu.kernels.attention, attention_params(model))
@@ -291,8 +297,12 @@ def build_costs(
     context_fp = np.repeat(_context_fp(model, _per_attended(model, profile))[:, None], most + 1, 1)
     if attention_table:
         kind_source[ATTENTION] = _between(attention_table.provenance)
+        kind_most[ATTENTION] = max(row[0] for row in attention_table.prefill)
         for phase, rows in ((PREFILL, attention_table.prefill), (DECODE, attention_table.decode)):
-            at, ns, rates = np.array(rows, np.float64).T
+            at, ns, rates = np.array(rows, np.float64).T * [
+                [1],
+                *[[model.attentions_per_layer]] * 2,
+            ]
             attention_ns[phase] = _rounded_up(_through(attention, at, ns, np.arange(most + 1.0)))
             context_fp[phase] = _context_fp(model, np.interp(np.arange(most + 1), at, rates))
     ffn = gpu.kernels.expert
@@ -342,6 +352,7 @@ def build_costs(
         kv_bytes=np.array(kv_bytes_per_token(model), np.int64),
         token_bytes=2 * hidden,
         kind_source=kind_source,
+        kind_most=kind_most,
         expert_gpu_source=np.stack([source for _, source in gpu_experts]),
         expert_cpu_source=np.stack([source for _, source in cpu_experts]),
     )

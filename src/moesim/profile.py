@@ -102,7 +102,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     per_launch_ns: Nanoseconds
     per_sync_ns: Nanoseconds
     decision_ns: Nanoseconds
-    """One hook of a policy."""
+    """All hooks of a policy in one layer step."""
     decision_ns_by_policy: dict[str, Nanoseconds] = {}
 
 
@@ -291,7 +291,7 @@ def _shape(table: ExpertTable | AttentionTable | LayerTable) -> tuple[int | str,
 
 
 def decision_ns(profile: HardwareProfile, policy: str) -> int:
-    """Return what one hook of a policy costs the host."""
+    """Return what all hooks of a policy cost the host in one layer step."""
     return profile.host.decision_ns_by_policy.get(policy, profile.host.decision_ns)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from measured import (
     CPU_BYTES_PER_NS,
@@ -32,9 +33,10 @@ from moesim.calibrate.calibration import Calibration, run_tasks
 from moesim.calibrate.facts import Facts
 from moesim.calibrate.series import Series, Task
 from moesim.calibrate.tables import rates_alone
+from moesim.cli.hardware import command
 from moesim.costs import build_costs, copy_ns
 from moesim.errors import CalibrationError
-from moesim.model import GroupedQuery, ModelSpec
+from moesim.model import GroupedQuery, ModelSpec, load_model
 from moesim.profile import load_profile, parse_profile, user_profile_path
 from moesim.types import (
     COMBINE,
@@ -161,6 +163,13 @@ def test_the_profile_reads_back_as_it_was_written(whole: Assembled) -> None:
     assert parse_profile(profile_text(whole.profile), "it") == whole.profile
 
 
+def test_what_is_used_again_makes_the_same_profile(tmp_path: Path) -> None:
+    first, again = (calibrated(machine(), tmp_path) for _ in range(2))
+    assert all(outcome.reused for outcome in again.outcomes)
+    texts = {profile_text(assemble(found, [MODEL], BASE).profile) for found in (first, again)}
+    assert len(texts) == 1
+
+
 def test_without_a_device_gpu_and_link_stay_those_of_the_other_machine(tmp_path: Path) -> None:
     found = [s for s in machine() if s.name in ("memory/host/read", "disk/read")]
     made = assemble(calibrated([*found, expert("cpu")], tmp_path, "cpu"), [MODEL], BASE)
@@ -220,6 +229,40 @@ def test_experts_faster_than_their_weights_are_read_are_not_believed(tmp_path: P
     assert made_of.profile.cpu == BASE.cpu
     assert any("expert/cpu/512x256/16 is not used" in notice for notice in made_of.notices)
     assert any("no table of its experts on the CPU" in notice for notice in made_of.notices)
+
+
+@pytest.mark.parametrize("part", ["gate", "attention"])
+def test_weights_of_other_parts_are_not_read_faster_than_memory_either(
+    tmp_path: Path, part: str
+) -> None:
+    """Weights of 1 GiB in some 50 us are 21 TB/s; those of 1 MB are 21 GB/s."""
+    for size, believed in ((1 << 30, False), (1 << 20, True)):
+        facts = {"weight_bytes": size, "buffer_bytes": 4 << 30, "cache_bytes": 1 << 20}
+        found = [
+            msgspec.structs.replace(s, facts={**s.facts, **facts}) if s.name.startswith(part) else s
+            for s in machine()
+        ]
+        made_of = assemble(calibrated(found, tmp_path / part / str(size)), [MODEL], BASE)
+        tables = made_of.profile.tables
+        there = tables.attention if part == "attention" else tables.layer
+        kinds = {getattr(table, "kind", "attention") for table in there}
+        assert (part in kinds) == believed
+        told = [n for n in made_of.notices if n.startswith(part) and "cannot be true" in n]
+        assert bool(told) != believed
+
+
+def test_a_real_device_copies_faster_than_few_threads_read(tmp_path: Path) -> None:
+    """50 GB/s of a link are below the device's memory, and above the 40 of the host's threads."""
+    fast = [
+        made(f"copy/{lane}/pinned/queued", "bytes", lambda size: 1 + size / 55, [1e4, 1e6, 1e7])
+        for lane in ("h2d", "d2h")
+    ]
+    names = {s.name for s in fast}
+    found = calibrated([*(s for s in machine() if s.name not in names), *fast], tmp_path)
+    for label, believed in (("emulated", False), ("cuda", True)):
+        found.device.update(label=label)
+        link = assemble(found, [MODEL], BASE).profile.link
+        assert (link.h2d.bytes_per_s == pytest.approx(55e9, rel=1e-3)) == believed
 
 
 def test_a_fit_that_misses_is_said_and_the_points_are_used(tmp_path: Path) -> None:
@@ -318,8 +361,84 @@ def test_a_model_without_experts_measured_is_noticed(tmp_path: Path) -> None:
     other = msgspec.structs.replace(MODEL, name="other", expert_width=99)
     made_of = assemble(calibrated(machine(), tmp_path), [MODEL, other], BASE)
     assert [n for n in made_of.notices if "there is no table" in n] == [
-        "other: there is no table of its experts on the CPU"
+        "other: there is no table of its experts on the CPU",
+        "other: there is no table of its experts on the GPU",
     ]
+
+
+def test_what_was_left_out_of_a_series_is_noticed(tmp_path: Path) -> None:
+    own = machine()
+    facts = {"stopped": "at 32, where one call takes 2 s, more than 1"}
+    own[0] = msgspec.structs.replace(own[0], facts={**own[0].facts, **facts})
+    notices = assemble(calibrated(own, tmp_path), [MODEL], BASE).notices
+    assert f"{own[0].name}: stopped at 32, where one call takes 2 s, more than 1" in notices
+    assert not any("without" in line for line in notices)
+
+
+def test_attention_without_a_table_is_noticed(tmp_path: Path) -> None:
+    """Four heads were measured; eight were not, and latent attention is nowhere."""
+    eight = GroupedQuery(heads=8, kv_heads=4, head_dim=64)
+    latent = load_model("deepseek-v3").attention
+    others = [
+        msgspec.structs.replace(MODEL, name=name, attention=own)
+        for name, own in (("eight", eight), ("latent", latent))
+    ]
+    found = calibrated(machine(), tmp_path)
+    told = [n for n in assemble(found, [MODEL, *others], BASE).notices if "attention" in n]
+    assert told == [
+        "eight: there is no table of its attention",
+        "latent has latent attention, which is not measured; only grouped-query is:"
+        " its attention is simulated from rates",
+    ]
+
+
+def test_without_a_device_its_interference_stays_that_of_the_other_machine(tmp_path: Path) -> None:
+    """The processor and the disk were measured together; what copies do to experts was not."""
+    both = Series(
+        name="interference/512x256/cpu+disk",
+        unit="lane",
+        points=expert("cpu").points[:1],
+        facts={"factor/cpu": 0.9, "factor/disk": 0.7},
+    )
+    found = calibrated([expert("cpu"), both], tmp_path, "cpu")
+    made_of = assemble(found, [MODEL], BASE)
+    profile = made_of.profile
+    assert profile.interference[0].slow == {"cpu": 0.9, "disk": 0.7}
+    assert profile.interference[1:] == BASE.interference
+    assert len(BASE.interference) > 0
+    origin = profile.provenance.interference
+    assert origin.source == BASE.provenance.interference.source == "scaled"
+    assert f"{len(BASE.interference)} sets with lanes of a device are those of" in origin.note
+    assert f"interference, some of it, from {BASE.name} (scaled)" in made_of.absent
+
+
+def test_a_profile_of_a_gpu_is_called_after_it_too(tmp_path: Path) -> None:
+    found = calibrated(machine(), tmp_path)
+    found.device.update(label="cuda", name="NVIDIA Example 4090")
+    assert assemble(found, [MODEL], BASE).profile.name == "nvidia-example-4090-abacus-2"
+
+
+def test_show_says_that_a_models_experts_were_not_measured(
+    whole: Assembled, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.yaml"
+    for profile, said in ((whole.profile, True), (BASE, False)):
+        file.write_text(profile_text(profile))
+        done = CliRunner().invoke(command, ["show", str(file), "--model", "mixtral-8x7b"])
+        assert done.exit_code == 0
+        assert ("no expert of mixtral-8x7b was measured" in done.stderr) == said
+        assert ("experts of 512x256 were" in done.stderr) == said
+
+
+def test_series_of_a_busy_machine_are_noticed_when_they_are_used_again(tmp_path: Path) -> None:
+    found = calibrated(machine(), tmp_path)
+    first = found.outcomes[0]
+    assert first.kept is not None
+    for busy, reused in ((True, True), (True, False), (False, True)):
+        own = first._replace(kept=msgspec.structs.replace(first.kept, busy=busy), reused=reused)
+        again = found._replace(outcomes=(own, *found.outcomes[1:]))
+        notices = assemble(again, [MODEL], BASE).notices
+        assert any("1 series that were kept" in line for line in notices) == (busy and reused)
 
 
 def test_rates_are_judged_by_what_was_measured(whole: Assembled) -> None:

@@ -9,12 +9,14 @@ import msgspec
 import pytest
 
 from moesim.calibrate.calibration import (
+    WALKED,
     Outcome,
     count_kept,
     digest,
     explained,
     run_tasks,
     state_folder,
+    walked_digest,
 )
 from moesim.calibrate.facts import Facts, machine_facts
 from moesim.calibrate.power import Counter, Reading
@@ -36,6 +38,9 @@ class Nothing:
     def __init__(self) -> None:
         self.lanes: dict[str, object] = {}
         self.freed = 0
+
+    def free(self, tensor: object) -> None:
+        raise NotImplementedError
 
     def free_all(self) -> None:
         self.freed += 1
@@ -222,6 +227,53 @@ def test_what_is_kept_is_asked_for_by_everything_that_decides_it() -> None:
     assert len(found) == len(others)
     assert digest(task, own, facts) not in found
     assert digest(task, own, msgspec.structs.replace(facts, load=9.0)) == digest(task, own, facts)
+
+
+def test_code_decides_what_is_kept_where_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host program and the policies decide their own times, and no copy's."""
+    facts, names = machine_facts(), ("host/decision/lru", "copy/a")
+    before = [digest(counted(name, []), bench(), facts) for name in names]
+    monkeypatch.setattr("moesim.calibrate.calibration.walked_digest", lambda: "changed")
+    walked = [digest(counted(name, []), bench(), facts) for name in names]
+    assert [a == b for a, b in zip(before, walked, strict=True)] == [False, True]
+    monkeypatch.setattr("moesim.calibrate.calibration.code_digest", lambda: "changed")
+    after = [digest(counted(name, []), bench(), facts) for name in names]
+    assert all(a != b for a, b in zip(walked, after, strict=True))
+
+
+def test_the_host_program_and_every_policy_are_in_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of copies of their files; a byte more in any of them changes it."""
+    import moesim
+    import moesim.policies
+
+    policies = tmp_path / "policies"
+    (policies / "parts").mkdir(parents=True)
+    files = [
+        *(tmp_path / name for name in WALKED),
+        policies / "lru.py",
+        policies / "parts" / "a.py",
+    ]
+    for file in files:
+        file.write_text("pass\n")
+    monkeypatch.setattr(moesim, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(moesim.policies, "__path__", [str(policies)])
+    found = {walked_digest.__wrapped__()}
+    for file in files:
+        file.write_text("pass  # more\n")
+        found.add(walked_digest.__wrapped__())
+    assert len(found) == len(files) + 1
+
+
+def test_a_busy_machine_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = Facts(cpu="abacus", cores=4, threads=4, memory_bytes=1, load=0.0, mhz=0.0)
+    for load in (9.0, 0.0):
+        facts = msgspec.structs.replace(quiet, load=load)
+        monkeypatch.setattr("moesim.calibrate.calibration.machine_facts", lambda own=facts: own)
+        (outcome,) = run_tasks([counted("a", [])], bench(), folder=tmp_path).outcomes
+        assert outcome.kept is not None
+        assert outcome.kept.busy
 
 
 def test_versions_decide_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

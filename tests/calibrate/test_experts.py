@@ -21,8 +21,8 @@ from moesim.calibrate.experts import (
 )
 from moesim.calibrate.memory import cache_bytes
 from moesim.calibrate.series import Bench, Point, Series
-from moesim.calibrate.sweeps import MOST_CALLS, Size, copies, grid, merged, noise, provenance, sweep
-from moesim.calibrate.timing import Limits, Timed
+from moesim.calibrate.sweeps import Size, copies, grid, merged, noise, provenance, sweep
+from moesim.calibrate.timing import MOST_CALLS, Limits, Timed
 from moesim.errors import CalibrationError
 from moesim.model import load_model
 from moesim.real import operations
@@ -177,6 +177,7 @@ def test_merging_by_hand() -> None:
         assert found._replace(spread=0) == Timed(100, 110, 0, 16, True, 3)
         assert found.spread == pytest.approx(0.25)
         assert not merged(*pair, LIMITS._replace(spread=0.2)).settled
+        assert not merged(*pair, LIMITS._replace(spread=0.3, least=17)).settled
 
 
 def test_a_first_call_that_sets_something_up_stops_nothing(bench: Bench) -> None:

@@ -1,7 +1,10 @@
 """Streams through memory: what is read, from where, with how many threads."""
 
+import os
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ from moesim.calibrate.timing import Limits, measure
 from moesim.errors import CalibrationError
 from moesim.real.devices import Processor
 from moesim.real.emulated import Emulated, Throttle
-from moesim.real.lanes import Lane
+from moesim.real.lanes import Lane, Ticket
 
 MIB = 1 << 20
 LIMITS = Limits(warm_ups=0, least=2, most=2, seconds=0.1)
@@ -47,16 +50,67 @@ def test_buffers_rotate_and_are_aligned() -> None:
         rotating(arena, 1001)
 
 
-def test_a_stream_reads_every_byte_of_the_next_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of 16 values each: 0+...+15, 16+...+31, and again."""
+class Noting(Lane):
+    """A lane whose operations are done at once, take 200,000 ns per sum, and note these."""
+
+    def __init__(self) -> None:
+        self.name = "gpu"
+        self.sums: list[list[float]] = []
+
+    def submit(self, work: Any, after: Any = (), queue: int = 0) -> Ticket:
+        own: list[float] = []
+        total = torch.Tensor.sum
+
+        def noted(values: torch.Tensor) -> torch.Tensor:
+            own.append(float(total(values)))
+            return total(values)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "sum", noted)
+            work()
+        self.sums.append(own)
+        ticket = Ticket(self.name)
+        ticket.end_ns = 200_000 * len(own)
+        ticket._over.set()
+        return ticket
+
+
+def test_a_stream_reads_every_byte_of_the_next_stretches() -> None:
+    """Sums of 16 values each: 0+...+15, 16+...+31, and again.
+
+    Two trials of one say 200 us, so that two are a ticket: half a millisecond would be 2.5.
+    """
     arena = torch.arange(32, dtype=torch.float32).view(torch.uint8)
-    sums: list[float] = []
-    with Lane("cpu") as lane:
-        submit = lane.submit
-        monkeypatch.setattr(lane, "submit", lambda work: submit(lambda: sums.append(float(work()))))
-        once = stream(lane, arena, 64)
-        assert all(once() > 0 for _ in range(3))
-    assert sums == [120.0, 376.0, 120.0]
+    lane = Noting()
+    once = stream(lane, arena, 64)
+    assert [once(), once()] == [200_000, 200_000]
+    assert lane.sums == [[120.0], [376.0], [120.0, 376.0], [120.0, 376.0]]
+
+
+def test_caches_of_the_same_level_are_counted_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of two cores have 32 MiB each, of which two groups and half of a third may be used.
+
+    A core's own are 1 MiB, and those of instructions do not count.
+    """
+    for cpu in range(8):
+        group = f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}"
+        for index, told in enumerate(
+            (
+                ("1", "Data", "48K", str(cpu)),
+                ("1", "Instruction", "64M", str(cpu)),
+                ("2", "Unified", "1024K", str(cpu)),
+                ("3", "Unified", "32M", group),
+            )
+        ):
+            folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            for name, text in zip(("level", "type", "size", "shared_cpu_list"), told, strict=True):
+                (folder / name).write_text(f"{text}\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 5}, raising=False)
+    assert memory.cache_bytes(tmp_path) == 96 * MIB
+    assert memory.cache_bytes(tmp_path / "none") == 0
 
 
 def test_threads_go_up_to_those_of_the_lane() -> None:
@@ -89,6 +143,13 @@ def test_device_memory_is_read_by_sizes(bench: Bench) -> None:
     found = device_series(bench)
     assert [p.at for p in found.points] == [MIB, 4 * MIB]
     assert found.facts["arena_bytes"] == 8 * MIB
+
+
+def test_a_device_without_room_is_refused() -> None:
+    device = Emulated(3 * MIB, Throttle(1000, 1e9))
+    with pytest.raises(CalibrationError, match=r"3145728 bytes is too little .* 4194304 is the"):
+        device_series(Bench(device, LIMITS, True))
+    device.close()
 
 
 def test_an_arena_is_larger_than_the_caches_where_there_is_room(

@@ -7,16 +7,13 @@ import pytest
 from moesim.calibrate.plausible import (
     MEMORY_TOLERANCE,
     hold_bytes,
-    hold_channel,
     hold_copies,
     hold_disk,
-    hold_flops,
     hold_throttle,
     hold_weights,
 )
 from moesim.calibrate.series import Point, Series
 from moesim.errors import CalibrationError
-from moesim.profile import Channel
 
 
 def series(name: str, *points: tuple[float, float], **facts: Any) -> Series:
@@ -37,12 +34,6 @@ def test_bytes_up_to_the_limit_and_its_tolerance() -> None:
     assert str(caught.value) == (
         "a copy: 1.252e+09 bytes/s cannot be true; memory is 1e+09 bytes/s (tolerance 0.25)"
     )
-
-
-def test_flops_up_to_the_peak() -> None:
-    hold_flops("expert/gpu", 1000, 96, 1e10)
-    with pytest.raises(CalibrationError, match=r"expert/gpu: 1\.1e\+10 flops/s .* the peak is 1e"):
-        hold_flops("expert/gpu", 1100, 100, 1e10)
 
 
 @pytest.mark.parametrize("ns", [0, -1, float("nan"), float("inf")])
@@ -106,10 +97,3 @@ def test_a_disk_is_not_faster_than_memory() -> None:
     hold_disk(series("disk/read", (1 << 20, 500_000)), 10e9)
     with pytest.raises(CalibrationError, match="disk/read at 1048576 bytes"):
         hold_disk(series("disk/read", (1 << 20, 50_000)), 10e9)
-
-
-def test_a_fitted_rate_is_held_too() -> None:
-    channel = Channel(latency_ns=10, bytes_per_s=30e9)
-    hold_channel("link.h2d", channel, 25e9, "the datasheet's rate")
-    with pytest.raises(CalibrationError, match=r"link.h2d: 3e\+10 bytes/s .* the datasheet's rate"):
-        hold_channel("link.h2d", channel, 20e9, "the datasheet's rate")

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from itertools import chain, count, cycle, repeat
 
+import numpy as np
 import pytest
 
-from moesim.calibrate.timing import Limits, measure
+from moesim.calibrate.timing import MOST_CALLS, Limits, calls_for, measure, summary
 
 
 def taking(*ns: int) -> tuple[Callable[[], int], list[int]]:
@@ -65,3 +66,14 @@ def test_outliers_are_counted_and_not_hidden() -> None:
     found = measure(once, Limits(warm_ups=0, least=5))
     assert found.outliers == 1
     assert found.ns == pytest.approx(100)
+
+
+def test_the_time_is_the_low_quartile_and_not_the_least() -> None:
+    found = summary(np.array([500.0, 100, 200, 300, 400]), Limits(least=5, spread=0.5))
+    assert (found.ns, found.median_ns, found.spread, found.settled) == (200, 300, 0.5, True)
+    assert not summary(np.array([200.0] * 4), Limits(least=5)).settled
+
+
+@pytest.mark.parametrize(("ns", "calls"), [(1, MOST_CALLS), (100_000, 5), (300_000, 1), (10**9, 1)])
+def test_short_operations_share_a_ticket_of_half_a_millisecond(ns: int, calls: int) -> None:
+    assert calls_for(ns) == calls

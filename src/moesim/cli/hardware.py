@@ -75,7 +75,7 @@ def show(
 
     profile, notice = load_profile(name)
     profile = with_overrides(profile, setting_pairs(settings))
-    spec = load_model(model)
+    spec, tables = load_model(model), profile.tables
     if plot is not None:
         from moesim.calibrate.plots import draw_profile
 
@@ -84,6 +84,14 @@ def show(
         click.echo(f"{plot}: one expert of {spec.name}, and copies", err=True)
     if notice:
         click.echo(notice, err=True)
+    measured = {(t.hidden, t.width) for t in (*tables.expert_gpu, *tables.expert_cpu)}
+    if measured and (spec.hidden, spec.expert_width) not in measured:
+        click.echo(
+            f"no expert of {spec.name} was measured, its times are those of a roofline; experts of "
+            + ", ".join(f"{hidden}x{width}" for hidden, width in sorted(measured))
+            + " were: --model takes one that has them",
+            err=True,
+        )
     times = _times(spec, profile)
     if as_json:
         import msgspec
