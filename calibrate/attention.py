@@ -30,6 +30,7 @@ from moesim.calibrate.sweeps import (
 from moesim.errors import CalibrationError
 from moesim.model import GroupedQuery, ModelSpec
 from moesim.profile import AttentionTable
+from moesim.real.caches import heads_first
 from moesim.real.operations import Attention, decode, prefill
 from moesim.types import FloatArray
 
@@ -203,15 +204,16 @@ def decode_series(
         raise CalibrationError(
             f"no room for keys and values of {sequences} sequences of {left_out[0]} tokens"
         )
-    cache = noise(sequences, shape[2], wanted[-1], shape[3], dtype=dtype)
-    kept = copies(bench, "gpu", (cache, cache), taken)
+    # Tokens first, as a run keeps them: the new ones are then one stretch.
+    cache = noise(wanted[-1], 2, sequences, shape[2], shape[3], dtype=dtype)
+    kept = copies(bench, "gpu", cache, taken)
     sizes = [Size(sequences * context, contexts[context]) for context in wanted]
 
     def prepare(attended: int) -> Call:
         past = attended // sequences - 1
 
         def call(k: int) -> object:
-            keys, values = kept(k)
+            keys, values = heads_first(kept(k))
             return decode(rows, keys, values, past, buffers(k))
 
         return call

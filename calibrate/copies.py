@@ -6,7 +6,6 @@ as there is room. Sizes between the others are held out: they judge the fit.
 """
 
 import itertools
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from moesim.calibrate.series import Bench, Point, Series, Task, point, tabled
 from moesim.calibrate.timing import Limits, Timed, measure
 from moesim.errors import CalibrationError
 from moesim.profile import Channel
-from moesim.real.lanes import Lane, Ticket, Work
+from moesim.real.lanes import Work, back_to_back
 
 SMALLEST_BYTES = 4096
 LARGEST_BYTES = {"single": 1 << 30, "queued": 64 << 20, "chunked": 64 << 20}
@@ -53,19 +52,6 @@ def held_out(sizes: Sequence[int]) -> list[int]:
     """Return sizes that lie between the others: up to five, spread over all of them."""
     between = [3 * low // 2 for low, high in itertools.pairwise(sizes) if high > low]
     return between[:: max(1, len(between) // 5)][:5]
-
-
-def back_to_back(lane: Lane, works: Sequence[Work]) -> list[Ticket]:
-    """Do operations on a lane that has all of them queued before it begins the first."""
-    go = threading.Event()
-    lane.submit(go.wait)
-    try:
-        tickets = [lane.submit(work) for work in works]
-    finally:
-        go.set()
-    # The last one first: a thread that woke up after each would take Python from the lane.
-    tickets[-1].wait()
-    return [ticket.wait() for ticket in tickets]
 
 
 def copy_once(

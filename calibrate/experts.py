@@ -1,12 +1,13 @@
-"""How long one expert takes, by tokens, on the lanes `gpu` and `cpu`.
+"""How long one expert takes, by tokens, on the lanes `gpu` and `cpu`: from gathering its rows until
+its results are where they belong.
 
 Series are named `expert/<lane>/<hidden>x<width>/<precision>`. The last part is the bits of a
 weight; `16` is bfloat16, `16-fp16` the other one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from moesim.calibrate.sweeps import (
 from moesim.errors import CalibrationError
 from moesim.model import ModelSpec
 from moesim.profile import ExpertTable
-from moesim.real.operations import expert, int4, int8
+from moesim.real.operations import add_up, expert, int4, int8
 from moesim.types import FloatArray
 
 PRECISIONS = {"bf16": "16", "fp16": "16-fp16", "fp32": "32", "int8": "8", "int4": "4"}
@@ -113,7 +114,10 @@ def measured(
         noise(2 * width, hidden, dtype=dtype, scale=hidden**-0.5),
         noise(hidden, width, dtype=dtype, scale=width**-0.5),
     )
-    rows = placed(bench, lane, noise(max(size.at for size in sizes), hidden, dtype=dtype))
+    most = max(size.at for size in sizes)
+    rows = placed(bench, lane, noise(most, hidden, dtype=dtype))
+    index = placed(bench, lane, torch.arange(most))
+    take = on_gpu(bench, rows) if lane == "gpu" else on_cpu(rows)
     dtype_fact: dict[str, float | str] = {"dtype": str(dtype).removeprefix("torch.")}
     pack = {"int8": int8, "int4": int4}.get(precision)
     try:
@@ -127,11 +131,38 @@ def measured(
         return (), {**dtype_fact, "unsupported": f"{type(error).__name__}: {why}"}
 
     def prepare(tokens: int) -> Call:
-        own = rows[:tokens]
-        return lambda k: expert(own, *buffers(k))
+        own = index[:tokens]
+        return lambda k: take(own, expert(rows.index_select(0, own), *buffers(k)))
 
     points, facts = sweep(bench, lane, sizes, prepare)
     return points, {**dtype_fact, **buffers.facts, **facts}
+
+
+Take = Callable[[Any, Any], object]
+"""Of an expert's rows (its tokens,) and results (its tokens, hidden): where these go."""
+
+
+def on_gpu(bench: Bench, rows: Any) -> Take:
+    """Return what is done with an expert's results on the GPU: see `real.forward.Forward.put`."""
+    results = placed(bench, "gpu", rows)
+
+    def put(index: Any, result: Any) -> object:
+        return results.index_copy_(0, index, result)
+
+    return put
+
+
+def on_cpu(rows: Any) -> Take:
+    """Return what is done with them on the CPU: they are weighed, added up and rounded."""
+    import torch
+
+    sums, rounded = torch.zeros(rows.shape, dtype=torch.float32), torch.empty_like(rows)
+    weights = torch.full((len(rows),), 0.125, dtype=rows.dtype)
+
+    def add(index: Any, result: Any) -> None:
+        add_up(sums, rounded, index, result, weights[: len(index)])
+
+    return add
 
 
 def out_of_memory(error: Exception) -> bool:

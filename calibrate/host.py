@@ -1,46 +1,45 @@
-"""What the host itself costs: handing work to a lane, waiting for it, walking a layer, deciding.
+"""What the host itself costs: walking a layer, handing work to lanes, waiting for it, deciding.
 
 These are times of the thread that runs the host program, so its own clock takes them. The host
 program and the hooks run here as plain Python, since that is how they run beside a real machine; a
 compiled simulation takes the same decisions faster, which is no time of the machine it simulates.
 
-For layers and decisions the host program walks a made-up trace on a machine without time: every
-operation is over when it is submitted. What the policy sees is realistic, since estimates come from
-cost tables and never from the machine. A layer's time is split into what each submission adds and
-what is left for a layer without any; a decision is all hooks of one layer step, since a simulation
-charges it once per layer step.
+The host program walks a made-up trace on the lanes of the device, on which every operation does
+nothing. What is left of a layer step without its hooks, and without the time in which the host
+waits, is a base and so much for every submission: a line through walks of several policies. A
+decision is all hooks of one layer step, since a simulation charges it once per layer step.
 """
 
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
+from moesim.calibrate.fit import Fit, fit_line
 from moesim.calibrate.series import Bench, Series, Task, point
 from moesim.calibrate.timing import Limits, measure, summary
 from moesim.errors import CalibrationError, MoesimError
 from moesim.host import run_steps
-from moesim.model import ModelSpec, expert_bytes, load_model
+from moesim.model import ModelSpec, expert_bytes, first_layers, load_model
 from moesim.policies.api import HOOKS
 from moesim.policies.registry import BUILTIN, choose
 from moesim.profile import DEFAULT_PRESET, HardwareProfile, Host, load_profile
-from moesim.real.lanes import Lane
-from moesim.run import Feed, Prepared, prepare
+from moesim.real.lanes import Lane, Work
+from moesim.real.routing import routing_of
+from moesim.real.torch_machine import Operation, TorchMachine
+from moesim.run import Prepared, prepare
 from moesim.state import OK, host_error
 from moesim.traces.format import MISSING, Trace
 from moesim.traces.synthetic import synthesize
 from moesim.traces.workload import cut
-from moesim.types import FloatArray, IntArray, as_scalars
+from moesim.types import LANES, FloatArray, as_scalars
 
 Clock = Callable[[], int]
 """As `time.perf_counter_ns`, which tickets use too."""
 
-QUEUED = 200
-"""Submissions in a row."""
 SHORT_S = 100e-6
 """An operation that is waited for; it sleeps, and so leaves Python to the host as kernels do."""
 MODEL = "qwen3-30b-a3b"
@@ -51,8 +50,11 @@ QUICK_STEPS = 16
 PROMPT = 8
 WARM_UPS = 3
 """Decode steps that do not count."""
-WALKED = "lru"
-"""The policy with which a layer's own time is measured."""
+WALKED = ("all-cpu", "static", "lru", "on-demand", "dali", "fate", "pregated")
+"""Policies with which a layer's own time is measured: they submit different numbers of operations.
+"""
+APART = "dali"
+"""Of these, the one that is held out."""
 
 
 # Submitting and waiting.
@@ -60,25 +62,6 @@ WALKED = "lru"
 
 def nothing() -> None:
     """Do nothing, on a lane."""
-
-
-def launch_once(lane: Lane, count: int, clock: Clock = time.perf_counter_ns) -> Callable[[], int]:
-    """Return an operation that submits work to a lane that is busy, and the ns that one takes."""
-
-    def once() -> int:
-        go = threading.Event()
-        lane.submit(go.wait)
-        try:
-            start = clock()
-            for _ in range(count):
-                last = lane.submit(nothing)
-            spent = clock() - start
-        finally:
-            go.set()
-        last.wait()
-        return max(1, spent // count)
-
-    return once
 
 
 def sync_once(
@@ -102,78 +85,64 @@ def sync_once(
     return once
 
 
-def lane_series(bench: Bench, name: str) -> Series:
-    """Return `host/launch/queued` or `host/sync/short`."""
+def sync_series(bench: Bench) -> Series:
+    """Return `host/sync/short`."""
     lanes = bench.device.lanes
     lane = lanes["gpu"] if "gpu" in lanes else lanes["cpu"]
-    ways: dict[str, tuple[int, Callable[[], int]]] = {
-        "host/launch/queued": (QUEUED, launch_once(lane, QUEUED)),
-        "host/sync/short": (1, sync_once(lane)),
-    }
-    count, once = ways[name]
-    timed = measure(once, bench.limits)
-    return Series(
-        name=name, unit="in a row", points=(point(count, timed),), facts={"lane": lane.name}
-    )
+    timed = measure(sync_once(lane), bench.limits)
+    facts: dict[str, float | str] = {"lane": lane.name}
+    return Series(name="host/sync/short", unit="waits", points=(point(1, timed),), facts=facts)
 
 
 # Walking and deciding.
 
 
-class Timeless:
-    """A machine on which everything is over when it is submitted; see `moesim.machine.Machine`."""
+class Idle:
+    """What operations do when they do nothing; see `torch_machine.Doer`. Routing is sorted, as the
+    host does it for experts that are really computed."""
 
-    def __init__(self, feed: Feed) -> None:
-        """Take what routers choose and predictors guess."""
-        self.feed = feed
-        self.tickets = 0
+    def __init__(self, experts: int) -> None:
+        """Take the number of experts."""
+        self.experts = experts
 
-    def begin(self, step: int, phase: int) -> None:
+    def begin(self, step: int) -> None:
         """Do nothing."""
 
-    def submit(self, *operation: int) -> int:
-        """Return the next ticket."""
-        self.tickets += 1
-        return self.tickets
+    def pieces(self, operation: Operation) -> Sequence[Work]:
+        """Return nothing to do."""
+        return [nothing]
 
-    def wait(self, ticket: int) -> None:
-        """Do nothing."""
+    def choice(self, step: int, layer: int, batch: int) -> None:
+        """Return None: the trace's choice counts."""
 
-    def done(self, ticket: int) -> bool:
-        """Return True."""
-        return True
+    def guess(self, guess: int, layer: int) -> None:
+        """Return None: the trace's guess counts."""
 
-    def pause(self, ns: int) -> None:
-        """Do nothing."""
+    def route(self, layer: int, batch: int, ids: Any, weights: Any) -> None:
+        """Sort a batch's choice."""
+        import torch
 
-    def cancel(self, ticket: int) -> bool:
-        """Return False: it is over."""
-        return False
+        routing_of(ids, weights, self.experts, [0, len(ids)], torch.bfloat16)
 
-    def promote(self, ticket: int) -> bool:
-        """Return False: it is over."""
-        return False
 
-    def route(
-        self, step: int, layer: int, batch: int, first: int, ids: IntArray, weights: FloatArray
-    ) -> int:
-        """Write what the router chose."""
-        begin, end = self.feed.steps.offset[step, batch : batch + 2]
-        n = int(end - begin)
-        np.asarray(ids)[first : first + n] = self.feed.chosen[begin:end, layer]
-        if self.feed.weights is not None:
-            np.asarray(weights)[first : first + n] = self.feed.weights[begin:end, layer]
-        return n
+class Standing(NamedTuple):
+    """Lanes that a device without all of them stands on."""
 
-    def predict(self, guess: int, step: int, layer: int, ids: IntArray, scores: FloatArray) -> int:
-        """Write a guess."""
-        guessed, score = self.feed.guesses[guess]
-        begin, end = self.feed.steps.offset[step][0], self.feed.steps.offset[step][-1]
-        n, width = int(end - begin), guessed.shape[2]
-        np.asarray(ids)[guess, :n, :width] = guessed[begin:end, layer]
-        if score is not None:
-            np.asarray(scores)[guess, :n, :width] = score[begin:end, layer]
-        return n
+    lanes: Mapping[str, Lane]
+
+
+@contextmanager
+def all_lanes(bench: Bench) -> Iterator[Standing]:
+    """Give the lanes of the device, or others for as long where it has not all of them."""
+    if set(LANES) <= bench.device.lanes.keys():
+        yield Standing(bench.device.lanes)
+        return
+    lanes = {name: Lane(name) for name in LANES}
+    try:
+        yield Standing(lanes)
+    finally:
+        for lane in lanes.values():
+            lane.close()
 
 
 class Watched:
@@ -197,7 +166,7 @@ class Walked(NamedTuple):
     """The steps of a run that count, per layer step."""
 
     host_ns: FloatArray
-    """(steps,): without the hooks."""
+    """(steps,): without hooks and waits."""
     decision_ns: FloatArray
     """(steps,): all hooks."""
     launches: float
@@ -207,8 +176,7 @@ class Walked(NamedTuple):
 @cache
 def walked_model() -> ModelSpec:
     """Return the model, with fewer layers."""
-    changes: dict[str, Any] = {"hidden_layers": LAYERS, "layer_ids": tuple(range(LAYERS))}
-    return msgspec.structs.replace(load_model(MODEL), **changes)
+    return first_layers(load_model(MODEL), LAYERS)
 
 
 @cache
@@ -248,24 +216,27 @@ def prepared(policy: str, trace: Trace, profile: HardwareProfile) -> Prepared:
     raise CalibrationError(f"policy {policy} cannot be timed: {refusal}")
 
 
-def walk(run: Prepared, clock: Clock = time.perf_counter_ns) -> Walked:
-    """Run a prepared run on a machine without time.
+def walk(run: Prepared, standing: Any) -> Walked:
+    """Run a prepared run on lanes on which every operation does nothing.
 
     Prefill and the first decode steps do not count. Raises PolicyError for a broken rule.
     """
-    machine, policy = Timeless(run.feed), Watched(run.policy, clock)
+    policy = Watched(run.policy, time.perf_counter_ns)
+    machine = TorchMachine(standing, run.feed, Idle(run.setting.experts))
     host = as_scalars(run.host)._replace(seen=run.host.seen)
-    layers = run.host.layers
     rows = []
     with np.errstate(divide="raise", over="raise", invalid="raise"):
         for step in range(len(run.host.steps.phase)):
-            policy.ns, launches, start = 0, machine.tickets, clock()
+            policy.ns, launches, waits = 0, len(machine.tickets), len(machine.waited)
+            start = time.perf_counter_ns()
             rule = run_steps(machine, policy, host, step, step + 1)
-            spent = clock() - start
+            spent = time.perf_counter_ns() - start
             if rule != OK:
                 raise host_error(run.host, run.chosen.name)
-            rows.append((spent - policy.ns, policy.ns, machine.tickets - launches))
-    counted = np.array(rows[1 + WARM_UPS :], np.float64) / layers
+            waited = sum(one.end_ns - one.start_ns for one in machine.waited[waits:])
+            rows.append((spent - policy.ns - waited, policy.ns, len(machine.tickets) - launches))
+        machine.drain()
+    counted = np.array(rows[1 + WARM_UPS :], np.float64) / run.host.layers
     return Walked(counted[:, 0], counted[:, 1], float(counted[:, 2].mean()))
 
 
@@ -277,30 +248,34 @@ def steps_for(bench: Bench) -> int:
 def walk_facts(model: ModelSpec) -> dict[str, float | str]:
     """Return what is to be known of a walk."""
     return {
-        "how": "plain Python, on a machine without time",
+        "how": "plain Python, on lanes that do nothing",
         "model": f"{model.name}, {model.layers} layers",
         "estimates": f"of the preset {DEFAULT_PRESET}",
         "sequences": 1,
     }
 
 
-def layer_series(bench: Bench) -> Series:
-    """Return what a layer step takes the host program, by submissions: without and with experts."""
+def walk_series(bench: Bench) -> Series:
+    """Return what a layer step takes the host program, by submissions: a policy is a point."""
     profile, trace = load_profile(DEFAULT_PRESET)[0], walked_trace(steps_for(bench))
+    walks = [(name, trace) for name in WALKED] + [(WALKED[0], without_choices(trace))]
     points = []
-    for routed in (without_choices(trace), trace):
-        walked = walk(prepared(WALKED, routed, profile))
-        timed = summary(np.maximum(walked.host_ns, 1), bench.limits)
-        points.append(point(walked.launches, timed))
-    facts = walk_facts(walked_model()) | {"policy": WALKED}
-    return Series(name="host/layer", unit="submissions", points=tuple(points), facts=facts)
+    with all_lanes(bench) as standing:
+        for name, routed in walks:
+            walked = walk(prepared(name, routed, profile), standing)
+            timed = summary(np.maximum(walked.host_ns, 1), bench.limits)
+            points.append(point(walked.launches, timed, held_out=name == APART))
+    facts = walk_facts(walked_model()) | {"policies": ", ".join(WALKED)}
+    ordered = tuple(sorted(points, key=lambda p: p.at))
+    return Series(name="host/walk", unit="submissions", points=ordered, facts=facts)
 
 
 def decision_series(bench: Bench, policy: str) -> Series:
     """Return what all hooks of one layer step take, of one sequence in decode."""
     profile, trace = load_profile(DEFAULT_PRESET)[0], walked_trace(steps_for(bench))
     run = prepared(policy, trace, profile)
-    walked = walk(run)
+    with all_lanes(bench) as standing:
+        walked = walk(run, standing)
     timed = decision_timed(walked.decision_ns, bench.limits)
     facts = walk_facts(walked_model()) | {
         "budget_bytes": run.setting.budget_bytes,
@@ -314,34 +289,31 @@ def decision_timed(samples: FloatArray, limits: Limits) -> Any:
     return point(1, summary(np.maximum(samples, 1), limits))
 
 
-def split_layer(series: Series) -> tuple[int, int]:
-    """Return ns of a layer without submissions, and of what each submission adds to the host.
+def fit_walk(series: Series) -> Fit:
+    """Fit `per layer + per launch * submissions` to walks; that of one policy judges it.
 
-    Together they give the time of a layer with experts. Those of a layer without any are cheaper
-    than an expert's: where a line through both would begin below 0, it begins at 0.
-
-    Raises CalibrationError unless two numbers of submissions were measured.
+    Raises CalibrationError for fewer than two numbers of submissions.
     """
-    at = {p.at for p in series.points}
-    if len(at) != 2:
-        raise CalibrationError(f"{series.name}: needs 2 numbers of submissions, not {len(at)}")
-    few, many = sorted(series.points, key=lambda p: p.at)
-    each = max(0.0, (many.ns - few.ns) / (many.at - few.at))
-    layer = many.ns - each * many.at
-    return (0, round(many.ns / many.at)) if layer < 0 else (round(layer), round(each))
+    own, apart = (
+        np.array([(p.at, p.ns) for p in series.points if p.held_out == held_out]).reshape(-1, 2).T
+        for held_out in (False, True)
+    )
+    try:
+        return fit_line(own[0], own[1], (apart[0], apart[1]) if apart.size else None)
+    except CalibrationError as error:
+        raise CalibrationError(f"{series.name}: {error}") from None
 
 
 def host_section(found: Sequence[Series]) -> Host:
     """Return the section of a profile from series of this module.
 
-    A launch is the lane's own part and the host program's. Of a policy's decisions it is the
-    median, since it is the work that differs from step to step; what a policy that was not measured
-    takes is the median of those that were.
+    Of a policy's decisions it is the median, since it is the work that differs from step to step;
+    what a policy that was not measured takes is the median of those that were.
 
     Raises CalibrationError naming a series that is missing.
     """
     by_name = {series.name: series for series in found}
-    for name in ("host/launch/queued", "host/sync/short", "host/layer"):
+    for name in ("host/sync/short", "host/walk"):
         if name not in by_name:
             raise CalibrationError(f"{name} was not measured")
     prefix = "host/decision/"
@@ -352,10 +324,10 @@ def host_section(found: Sequence[Series]) -> Host:
     }
     if not decisions:
         raise CalibrationError("no policy's decisions were measured")
-    layer_ns, each_ns = split_layer(by_name["host/layer"])
+    layer_ns, launch_ns = fit_walk(by_name["host/walk"]).parameters
     return Host(
-        per_layer_ns=layer_ns,
-        per_launch_ns=each_ns + round(by_name["host/launch/queued"].points[0].ns),
+        per_layer_ns=round(float(layer_ns)),
+        per_launch_ns=round(float(launch_ns)),
         per_sync_ns=round(by_name["host/sync/short"].points[0].ns),
         decision_ns=round(float(np.median(list(decisions.values())))),
         decision_ns_by_policy=decisions,
@@ -364,9 +336,9 @@ def host_section(found: Sequence[Series]) -> Host:
 
 def tasks(bench: Bench, policies: Sequence[str] = tuple(BUILTIN)) -> list[Task]:
     """Return what is to be measured."""
-    names = ("host/launch/queued", "host/sync/short")
-    seconds = bench.limits.seconds
-    found = [Task(name, seconds, partial(lane_series, name=name)) for name in names]
-    found.append(Task("host/layer", 1.0, layer_series))
     walks = (Task(f"host/decision/{p}", 0.5, partial(decision_series, policy=p)) for p in policies)
-    return [*found, *walks]
+    return [
+        Task("host/sync/short", bench.limits.seconds, sync_series),
+        Task("host/walk", 0.5 * len(WALKED), walk_series),
+        *walks,
+    ]

@@ -1,7 +1,5 @@
 """Draw what a profile says an expert and a copy take."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +7,11 @@ import msgspec
 import numpy as np
 
 from moesim.costs import Costs, build_costs, copy_ns
-from moesim.errors import InputError
 from moesim.model import ModelSpec
 from moesim.profile import ExpertTable, HardwareProfile, Tables
+from moesim.real.plots import check_picture, save
 from moesim.types import BITS, D2H, H2D, FloatArray
 
-SUFFIXES = (".png", ".svg", ".pdf")
 MOST_TOKENS = 1024
 COPIES = np.geomspace(4 << 10, 1 << 30, 60).astype(np.int64)
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
@@ -28,14 +25,9 @@ def draw_profile(profile: HardwareProfile, model: ModelSpec, path: Path) -> None
 
     Raises InputError without matplotlib, or for a file name that is no picture's.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: a picture's name ends in {', '.join(SUFFIXES)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(
-            "plots need matplotlib: pip install 'moesim[plots]'; --json has the numbers"
-        ) from None
+    check_picture(path)
+    from matplotlib.figure import Figure
+
     tables = profile.tables
     own = [
         t.points[-1][0]
@@ -57,13 +49,7 @@ def draw_profile(profile: HardwareProfile, model: ModelSpec, path: Path) -> None
         axes.set_title(f"One expert on the {name}")
     draw_copies(link, used, profile)
     figure.suptitle(f"{profile.name}: {model.name}, expert {model.hidden} x {model.expert_width}")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(unfinished, format=path.suffix[1:].lower(), dpi=110)
-        unfinished.replace(path)
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
+    save(figure, path)
 
 
 def draw_expert(

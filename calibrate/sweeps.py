@@ -1,8 +1,8 @@
 """Time an operation of a lane over tokens or contexts, on weights that no cache holds.
 
 An expert's weights were last read many experts ago: its copies here rotate through more memory than
-the largest cache has. Operations that are short are done several times per ticket, as a device has
-them queued back to back; what a ticket itself costs then hides nothing.
+the largest cache has. Operations that are short are queued back to back, as a run has them, and
+timed from end to end: taking up the next one takes a lane its time, too.
 """
 
 import itertools
@@ -16,12 +16,15 @@ from moesim.calibrate.series import Bench, Point, Series, point
 from moesim.calibrate.timing import MOST_CALLS, Limits, Timed, calls_for, measure
 from moesim.errors import CalibrationError
 from moesim.profile import Provenance
-from moesim.real.lanes import Lane
+from moesim.real.lanes import Lane, back_to_back
 
 LONGEST = 1.0
 """What a single call may take, in units of the time for a point; a longer one ends a series."""
 PASSES = 2
 """Sizes are gone through so often; see `sweep`."""
+SHORT_NS = 5_000_000
+"""Operations that take less are queued, `FEWEST` at least; beside others it is nothing."""
+FEWEST = 3
 NOISE = 1 << 20
 """Random numbers that are drawn; larger tensors repeat them."""
 
@@ -163,15 +166,14 @@ def sweep(
     facts: dict[str, float | str] = {
         "device": bench.device.label,
         "threads": queue.threads,
-        "calls_per_ticket": f"1 to {MOST_CALLS}",
+        "in_a_row": f"1 to {MOST_CALLS}",
     }
 
     def timed(call: Call, calls: int) -> int:
-        def work() -> None:
-            for _ in range(calls):
-                call(next(turn))
-
-        return max(1, queue.submit(work).wait().ns // calls)
+        works = [partial(call, next(turn)) for _ in range(calls)]
+        tickets = back_to_back(queue, works)
+        start_ns = tickets[0].end_ns if calls > 1 else tickets[0].start_ns
+        return max(1, (tickets[-1].end_ns - start_ns) // max(1, calls - 1))
 
     first: list[tuple[Size, Callable[[], int], Limits, Timed]] = []
     points: list[Point] = []
@@ -186,7 +188,7 @@ def sweep(
             )
             if first:
                 break
-        calls = calls_for(trial_ns)
+        calls = max(FEWEST, calls_for(trial_ns)) if trial_ns < SHORT_NS else 1
         limits = shortened(bench.limits, trial_ns)
         once = partial(timed, call, calls)
         found = measure(once, limits)

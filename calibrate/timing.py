@@ -41,13 +41,13 @@ class Timed(NamedTuple):
 
 LOW = 0.25
 ENOUGH_NS = 500_000
-"""Operations are put into one ticket until it takes about as long as this."""
+"""Operations are done in a row until it takes about as long as this."""
 MOST_CALLS = 16
-"""In one ticket."""
+"""In a row."""
 
 
 def calls_for(trial_ns: int) -> int:
-    """Return how many operations that take so many ns, above 0, go into one ticket."""
+    """Return how many operations that take so many ns, above 0, are done in a row."""
     return max(1, min(MOST_CALLS, ENOUGH_NS // trial_ns))
 
 

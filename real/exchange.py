@@ -3,6 +3,7 @@
 from typing import Any
 
 from moesim.real.device import Device
+from moesim.real.operations import add_up
 
 
 class Exchange:
@@ -37,9 +38,10 @@ class Exchange:
         return self._inputs[layer % 2][:tokens]
 
     def add(
-        self, moment: tuple[int, int], tokens: int, rows: Any, result: Any, deferred: bool
-    ) -> None:
-        """Add a result (rows, hidden), weighted already, to its rows of all tokens; lane `cpu`."""
+        self, moment: tuple[int, int], tokens: int, rows: Any, result: Any, weights: Any,
+        deferred: bool,
+    ) -> None:  # fmt: skip
+        """Add a result (rows, hidden) by its weights to its rows of all tokens; lane `cpu`."""
         parity = moment[1] % 2
         sums = self._sums[parity][deferred][:tokens]
         rounded = self._rounded[parity][deferred][:tokens]
@@ -47,8 +49,7 @@ class Exchange:
             self._moments[parity][deferred] = moment
             sums.zero_()
             rounded.zero_()
-        sums.index_add_(0, rows, result)
-        rounded.index_copy_(0, rows, sums.index_select(0, rows).to(rounded.dtype))
+        add_up(sums, rounded, rows, result, weights)
 
     def bring_back(self, moment: tuple[int, int], tokens: int, deferred: bool) -> None:
         """Copy what was added up, rounded as activations are, to the device; lane `h2d`."""

@@ -1,23 +1,13 @@
 """The forward pass beside the experts: what is kept of it, and one method per kind of operation.
 
-A method is called by the thread of the lane that its docstring names, when everything that the host
-program lets the operation wait for is over. Experts are computed elsewhere, from the rows that
-`inputs` and `cpu_inputs` return, to results that `put` and `cpu_put` take.
+What experts read and leave behind is in `stream`. Of other buffers there are:
 
-How long a buffer must last decides how many there are of it:
-
-* an EXPERT_CPU whose result is deferred may run until COMBINE of the next layer, so that what SEND
-  brought, the routing and the sums on the host are two each, by parity of the layer. SEND of the
-  layer after next is behind its attention, and that is behind this COMBINE;
-* SEND may still read the normed stream while the next layer attends: two, by parity of the layer;
 * KV_IN waits for the attention before the last one: two buffers, by parity of the attention in the
   order of a step's layers and batches. DENSE_IN likewise, by parity of the layer; router and shared
   experts of the layer before the last one are done when it is submitted, since the host has waited
   for a gate behind them;
 * KV_OUT may come late, even in the next step: it copies tensors of its own;
-* a RETURN is added up before the next one of its sort comes: one buffer on the device for each;
-* queries, keys, values and results of attention on the CPU are used up by their batch's GATE, and
-  the routing on the device by COMBINE: one.
+* queries, keys, values and results of attention on the CPU are used up by their batch's GATE: one.
 """
 
 from typing import Any
@@ -30,14 +20,13 @@ from moesim.real import operations as ops
 from moesim.real.caches import Caches, Key, heads_first
 from moesim.real.dense import Block, Dense, grouped_query
 from moesim.real.device import Device
-from moesim.real.exchange import Exchange
-from moesim.real.routing import Choices
-from moesim.real.sequences import Now, Share, groups_of, now_of
+from moesim.real.sequences import Share
+from moesim.real.stream import Stream, written
 from moesim.traces.workload import Steps
-from moesim.types import DECODE, NONE, FloatArray, IntArray
+from moesim.types import DECODE, NONE, IntArray
 
 
-class Forward:
+class Forward(Stream):
     """Everything of a run but its experts.
 
     The lanes of the device must be idle. Raises RealError for a model that cannot be computed,
@@ -61,44 +50,16 @@ class Forward:
                 "CPU they cannot be computed"
             )
         dtype = dtype or torch.bfloat16
+        super().__init__(device, steps, model.hidden, model.top_k, model.experts, dtype)
         self.model = model
-        self.device = device
-        self.steps = steps
         self.attention_on_cpu = attention_on_cpu
-        self.groups = groups_of(steps)
         self.ids = token_ids(model, steps, seed)
         """(rows,): the token of each row of `steps`."""
-        self._nows = [now_of(steps, self.groups, step) for step in range(len(steps.phase))]
-        self.now: Now = self._nows[0]
-        """The step under way."""
-        self.residual: Any = None
-        """(tokens, hidden): the stream; behind COMBINE, what a layer leaves behind."""
-        self.choice: dict[int, tuple[Any, Any]] = {}
-        """By batch: ids and weights (tokens, top_k) that the router chose, on the device."""
-        self.logits: Any = None
-        """(sequences, vocabulary) of the last HEAD, on the device."""
-        self.tokens: Any = None
-        """(sequences,): the likeliest of them."""
-
         self.dense = Dense(device, model, dense_on_host, dtype, seed)
         self.caches = Caches(device, model, self.groups, kv_on_host, attention_on_cpu, dtype)
-        tokens = int((steps.offset[:, -1] - steps.offset[:, 0]).max())
-        hidden, top_k = model.hidden, model.top_k
-        self.exchange = Exchange(device, tokens, hidden, dtype)
-        self.choices = Choices(device, tokens, top_k, model.experts, dtype)
-        self._embedded = device.host(tokens, hidden, dtype=dtype)
-        self._stream = device.empty(tokens, hidden, dtype=dtype)
-        self._normed_rooms = [device.empty(tokens, hidden, dtype=dtype) for _ in range(2)]
-        self._normed = list(self._normed_rooms)
-        self._results = device.empty(tokens, top_k, hidden, dtype=dtype)
-        # What no expert writes is multiplied by 0, and must be finite.
-        device.lanes["gpu"].submit(self._results.zero_).wait()
+        tokens = len(self._stream)
+        self._embedded = device.host(tokens, model.hidden, dtype=dtype)
         self._shared: Any = None
-        self._indices: dict[bytes, Any] = {}
-        for now in self._nows:
-            for rows in (now.last, *(share.rows for shares in now.shares for share in shares)):
-                self._place_rows(rows)
-        self._written: dict[int, set[int]] = {}
         self._projected: dict[int, Any] = {}
         self._finished = (NONE, NONE)
         if attention_on_cpu:
@@ -114,7 +75,7 @@ class Forward:
         """
         import torch
 
-        self.now = self._nows[step]
+        self.now = self.nows[step]
         tokens = self.now.tokens
         ids = torch.from_numpy(self.ids[self.now.rows])
         torch.index_select(self.dense.embedding, 0, ids, out=self._embedded[:tokens])
@@ -139,7 +100,7 @@ class Forward:
             self._projected[batch] = projected.view(len(rows), -1, own.head_dim)
             return
         for share in self.now.shares[batch]:
-            rows = self._on_device(share.rows)
+            rows = self.on_device(share.rows)
             residual, normed = self._pass_blocks(blocks, layer, share, self.residual[rows])
             self._leave(layer, rows, residual, normed)
 
@@ -156,7 +117,7 @@ class Forward:
             )
             self._leave(layer, rows, attended.residual, attended.normed)
             self._finished = self.now.step, layer
-        weights, ids = ops.gate(self._normed[layer % 2][rows], block.router, self.model.top_k)
+        weights, ids = ops.gate(self.normed(layer)[rows], block.router, self.model.top_k)
         self.choice[batch] = ids, weights
 
     def predict(self, layer: int) -> None:
@@ -168,52 +129,19 @@ class Forward:
         rows = self.exchange.sent(layer, self.now.tokens)
         ops.gate(rows, self.dense.routers[layer], self.model.top_k)
 
-    def route(self, layer: int, batch: int, ids: IntArray, weights: FloatArray | None) -> None:
-        """Take the choice that counts, (tokens, top_k) of a batch; any thread, behind the GATE.
-
-        Other ids than those of experts are no choice; no weights are equal ones. The experts' rows
-        are known once all batches of the step have come.
-        """
-        self.choices.take(self.now, layer, batch, ids, weights)
-
     def shared(self, layer: int) -> None:
         """Compute the shared experts; lane `gpu`."""
         block = self.dense.blocks[layer][-1]
-        self._shared = ops.expert(self._normed[layer % 2], block.gate_up, block.down)
-
-    def inputs(self, layer: int, expert: int, batch: int = NONE) -> Any:
-        """Return an expert's rows (its tokens, hidden); lane `gpu`."""
-        _, rows, _ = self.choices.on_device(layer)
-        own = rows[self.choices.of(layer).span(expert, batch)]
-        return self._normed[layer % 2].index_select(0, own)
-
-    def put(self, layer: int, expert: int, batch: int, result: Any) -> None:
-        """Take an expert's result (its tokens, hidden), or a further piece of it; lane `gpu`."""
-        places, _, _ = self.choices.on_device(layer)
-        own = places[self.choices.of(layer).span(expert, batch)]
-        results = self._results.view(-1, self.model.hidden)
-        batches = self._written.setdefault(expert, set())
-        if batch in batches:
-            results.index_add_(0, own, result)
-        else:
-            results.index_copy_(0, own, result)
-            batches.add(batch)
+        self._shared = ops.expert(self.normed(layer), block.gate_up, block.down)
 
     def combine(self, layer: int) -> None:
         """Add all results to the stream, with what came back of this layer and, deferred, of the
         last one; lane `gpu`.
         """
-        tokens = self.now.tokens
-        places, _, weights = self.choices.on_device(layer)
-        routing = self.choices.of(layer)
-        for expert in routing.active:
-            if expert not in self._written:
-                weights.view(-1).index_fill_(0, places[routing.span(expert)], 0)
-        self._written = {}
-        stream = ops.combine(self.residual, self._results[:tokens], weights)
+        stream = ops.combine(self.residual, *self.take_results(layer))
         if self.model.shared_width:
             stream += self._shared
-        for returned in self.exchange.returned((self.now.step, layer), tokens):
+        for returned in self.returned(layer):
             stream += returned
         self.residual = stream
 
@@ -224,12 +152,12 @@ class Forward:
         """
         for shares in self.now.shares if self.dense.last else ():
             for share in shares:
-                rows = self._on_device(share.rows)
+                rows = self.on_device(share.rows)
                 stream, _ = self._pass_blocks(
                     self.dense.last, self.model.layers, share, self.residual[rows]
                 )
                 self.residual = written(self.residual, rows, stream)
-        last = self.residual[self._on_device(self.now.last)]
+        last = self.residual[self.on_device(self.now.last)]
         self.logits = ops.linear(ops.rms_norm(last, self.dense.norm), self.dense.head)
         self.tokens = self.logits.argmax(-1)
 
@@ -257,7 +185,7 @@ class Forward:
                     f"layer {layer}: with attention on the CPU nothing can be predicted there "
                     "before the gate"
                 )
-            self.exchange.send(layer, self._normed[layer % 2][: self.now.tokens])
+            super().send(layer)
         else:
             self.device.copy(self._projected_host[self.now.rows_of(batch)], self._projected[batch])
 
@@ -278,46 +206,16 @@ class Forward:
             seen = torch.nn.functional.scaled_dot_product_attention(grouped, all_keys, all_values)
             self._seen_host[share.rows] = seen.reshape(share.sequences, -1)
 
-    def cpu_inputs(self, layer: int, expert: int) -> Any:
-        """Return an expert's rows (its tokens, hidden), as sent; lane `cpu`."""
-        routing = self.choices.of(layer)
-        rows = routing.rows[routing.span(expert)]
-        return self.exchange.sent(layer, self.now.tokens).index_select(0, rows)
-
-    def cpu_put(self, layer: int, expert: int, result: Any, deferred: bool = False) -> None:
-        """Take an expert's result (its tokens, hidden), weigh it and add it up; lane `cpu`."""
-        routing = self.choices.of(layer)
-        span = routing.span(expert)
-        weights = routing.weights.view(-1)[routing.places[span]]
-        weighted = result.float() * weights.float()[:, None]
-        moment = (self.now.step, layer)
-        self.exchange.add(moment, self.now.tokens, routing.rows[span], weighted, deferred)
-
     def return_(self, layer: int, batch: int = NONE, deferred: bool = False) -> None:
         """Copy to the device what the CPU added up, or for one batch what it attended; lane `h2d`.
 
         `layer` is the one whose experts were computed, the last one's where they are deferred.
         """
         if batch == NONE:
-            self.exchange.bring_back((self.now.step, layer), self.now.tokens, deferred)
+            super().return_(layer, batch, deferred)
         else:
             rows = self.now.rows_of(batch)
             self.device.copy(self._seen[rows], self._seen_host[rows])
-
-    def _place_rows(self, rows: slice | IntArray) -> None:
-        """Copy rows that are no slice to the device, once."""
-        import torch
-
-        if isinstance(rows, slice) or rows.tobytes() in self._indices:
-            return
-        index = self.device.empty(len(rows), dtype=torch.int64)
-        source = torch.from_numpy(rows)
-        self.device.lanes["h2d"].submit(lambda: self.device.copy(index, source)).wait()
-        self._indices[rows.tobytes()] = index
-
-    def _on_device(self, rows: slice | IntArray) -> Any:
-        """Return rows as an index on the device."""
-        return rows if isinstance(rows, slice) else self._indices[rows.tobytes()]
 
     def _pass_blocks(
         self, blocks: tuple[Block, ...], layer: int, share: Share, stream: Any
@@ -338,22 +236,7 @@ class Forward:
                 stream = stream + ops.expert(normed, block.gate_up, block.down)
         return stream, normed
 
-    def _leave(self, layer: int, rows: Any, residual: Any, normed: Any) -> None:
-        """Write what attention left to its rows."""
-        parity = layer % 2
-        self.residual = written(self.residual, rows, residual)
-        room = self._normed_rooms[parity][: self.now.tokens]
-        self._normed[parity] = written(room, rows, normed)
-
 
 def token_ids(model: ModelSpec, steps: Steps, seed: int) -> IntArray:
     """Return the token of each row of `steps`, random ones: routing does not depend on them."""
     return np.random.default_rng(seed).integers(model.vocab, size=len(steps.rows))
-
-
-def written(target: Any, rows: Any, values: Any) -> Any:
-    """Return a tensor with some of its rows replaced: the values themselves if these are all."""
-    if len(values) == len(target):
-        return values
-    target[rows] = values
-    return target

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+from moesim.errors import RealError
+
 Work = Callable[[], object]
 """A piece of an operation. If it returns a list, that holds more pieces, which are done next."""
 
@@ -107,7 +109,8 @@ class Lane:
     ) -> Ticket:
         """Queue an operation, of one piece or several, that begins when all of `after` is over.
 
-        If one of those failed it is not done, and fails with the same error.
+        If one of those failed it is not done, and fails with the same error. Raises RealError once
+        the lane is closed.
         """
         ticket = self.ticket()
         ticket.queue = queue
@@ -117,6 +120,8 @@ class Lane:
             if not other.let_go:
                 other.waiting.append(self)
         with self._changed:
+            if self._closing:
+                raise RealError(f"lane {self.name} is closed and takes no more operations")
             self._queues[queue].append(ticket)
             self._changed.notify()
         return ticket
@@ -253,6 +258,19 @@ class Lane:
         with self._changed:
             urgent = self._queues[URGENT]
             return bool(urgent) and urgent[0].ready
+
+
+def back_to_back(lane: Lane, works: Sequence[Work]) -> list[Ticket]:
+    """Do operations on a lane that has all of them queued before it begins the first."""
+    go = threading.Event()
+    lane.submit(go.wait)
+    try:
+        tickets = [lane.submit(work) for work in works]
+    finally:
+        go.set()
+    # The last one first: a thread that woke up after each would take Python from the lane.
+    tickets[-1].wait()
+    return [ticket.wait() for ticket in tickets]
 
 
 def overlap_ns(first: Sequence[Ticket], second: Sequence[Ticket]) -> int:

@@ -199,6 +199,16 @@ def combine(residual: Any, results: Any, weights: Any) -> Any:
     return torch.baddbmm(residual[:, None], weights[:, None], results)[:, 0]
 
 
+def add_up(sums: Any, rounded: Any, index: Any, results: Any, weights: Any) -> None:
+    """Add an expert's results (its tokens, hidden), weighed, to rows of sums, and round these.
+
+    `index` are the rows (its tokens,), `weights` (its tokens,); `sums` is (tokens, hidden) in 32
+    bits and `rounded` the same in the precision of activations.
+    """
+    sums.index_add_(0, index, results.float() * weights.float()[:, None])
+    rounded.index_copy_(0, index, sums.index_select(0, index).to(rounded.dtype))
+
+
 def head(hidden: Any, norm: Any, weight: Any) -> Any:
     """Return (sequences,): the likeliest next token; `weight` is (vocabulary, hidden)."""
     return linear(rms_norm(hidden, norm), weight).argmax(-1)

@@ -143,11 +143,10 @@ def set_of(*lanes: str) -> Series:
 
 
 def host() -> list[Series]:
-    """Return 1 us for each layer, 2 + 3 for each launch, 4 for each wait, 5 and 7 for decisions."""
+    """Return 1 us for each layer, 5 for each launch, 4 for each wait, 5 and 7 for decisions."""
     return [
-        made("host/launch/queued", "in a row", lambda _: 3_000, [200.0]),
         made("host/sync/short", "in a row", lambda _: 4_000, [1.0]),
-        made("host/layer", "submissions", lambda n: 1_000 + 2_000 * n, [3.0, 13.0], how="by hand"),
+        made("host/walk", "submissions", lambda n: 1_000 + 5_000 * n, [3.0, 13.0, 20.0], [10.0]),
         made("host/decision/lru", "sequences", lambda _: 5_000, [1.0]),
         made("host/decision/dali", "sequences", lambda _: 7_000, [1.0]),
     ]

@@ -10,7 +10,6 @@ import pytest
 
 from moesim.calibrate.copies import (
     QUEUE,
-    back_to_back,
     chunk_bytes,
     chunked_series,
     copy_once,
@@ -29,7 +28,7 @@ from moesim.calibrate.timing import Limits
 from moesim.errors import CalibrationError
 from moesim.real.devices import Processor
 from moesim.real.emulated import Emulated, Throttle
-from moesim.real.lanes import Lane
+from moesim.real.lanes import Lane, back_to_back
 
 MIB = 1 << 20
 LIMITS = Limits(warm_ups=1, least=3, most=3, seconds=1.0)

@@ -1,46 +1,44 @@
 """What the host costs: who is timed, on which clock, and what a profile is told."""
 
 import itertools
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
+import msgspec
 import pytest
 
 from moesim.calibrate import host as host_module
 from moesim.calibrate.host import (
     LAYERS,
     MODEL,
-    QUEUED,
+    WALKED,
     WARM_UPS,
-    Timeless,
+    Standing,
     Watched,
+    all_lanes,
     decision_series,
+    fit_walk,
     host_section,
-    lane_series,
-    launch_once,
-    layer_series,
     prepared,
-    split_layer,
     sync_once,
+    sync_series,
     tasks,
     walk,
+    walk_series,
     walked_model,
     walked_trace,
     without_choices,
 )
 from moesim.calibrate.series import Bench, Point, Series
 from moesim.calibrate.timing import Limits
-from moesim.errors import CalibrationError, PolicyError
+from moesim.errors import CalibrationError, PolicyError, RealError
 from moesim.model import expert_bytes
 from moesim.policies.registry import BUILTIN
 from moesim.profile import load_profile
 from moesim.real.devices import Processor
+from moesim.real.emulated import Emulated, Throttle
 from moesim.real.lanes import Lane
-from moesim.sim.replay import SimpyRun
-from moesim.types import DECODE, H2D
+from moesim.types import DECODE, LANES
 
 LIMITS = Limits(warm_ups=0, least=2, most=2, seconds=0.1)
 PROFILE = load_profile("rtx3090-pcie4-ddr4")[0]
@@ -73,31 +71,6 @@ def series(name: str, *points: tuple[float, float, float]) -> Series:
 # Submitting and waiting.
 
 
-def test_work_is_submitted_to_a_busy_lane() -> None:
-    """Given time for it, nothing of them is done when the clock is read before and after them."""
-    with Lane("gpu") as lane:
-        undone: list[bool] = []
-        tickets: list[Any] = []
-        submit = lane.submit
-        submit(lambda: None).wait()  # its thread imports torch first
-
-        def watched(work: Any, after: Any = ()) -> Any:
-            tickets.append(submit(work, after))
-            time.sleep(0.0005)
-            return tickets[-1]
-
-        lane.submit = watched  # type: ignore[assignment, method-assign]
-        tick = ticking(1000)
-
-        def clock() -> int:
-            undone.append(not any(ticket.done for ticket in tickets))
-            return tick()
-
-        assert launch_once(lane, 50, clock)() == 1000 // 50
-        assert undone == [True, True]
-        assert len(tickets) == 51
-
-
 def test_waiting_counts_from_the_end_of_the_operation_by_the_hosts_own_clock() -> None:
     """It ends at 300 and is known to be over at 1,000; the lane's clock is far away from that."""
     slept: list[float] = []
@@ -107,27 +80,8 @@ def test_waiting_counts_from_the_end_of_the_operation_by_the_hosts_own_clock() -
     assert slept == [100e-6]
 
 
-def test_a_lane_goes_on_if_a_submission_fails() -> None:
-    """Else whoever closes it would wait for ever."""
-    lane = Lane("gpu")
-    with pytest.raises(ZeroDivisionError):
-        launch_once(lane, 5, lambda: 1 // 0)()
-    closing = threading.Thread(target=lane.close)
-    closing.start()
-    closing.join(timeout=10)
-    assert not closing.is_alive()
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("host/launch/queued", QUEUED),
-        ("host/sync/short", 1),
-    ],
-)
-def test_series_of_lanes(bench: Bench, name: str, count: int) -> None:
-    found = lane_series(bench, name)
-    assert (found.name, found.points[0].at) == (name, count)
+def test_series_of_waits(bench: Bench) -> None:
+    found = sync_series(bench)
     assert found.facts["lane"] == "cpu"
     assert found.points[0].ns >= 1
 
@@ -150,60 +104,56 @@ def test_hooks_are_timed_and_only_those_that_are_there() -> None:
     assert not hasattr(policy, "after_layer")
 
 
-def test_a_clock_that_ticks_is_divided_between_host_and_hooks() -> None:
-    """A policy with `dispatch` alone: its hook takes one tick of 10 in each layer step.
-
-    Of a step the host's thread reads the clock twice, and each hook twice: between the first and
-    the last of the step's readings lie 2 LAYERS + 1 ticks, of which LAYERS are the hooks'.
+def test_a_walk_counts_decode_steps_and_what_they_submit(bench: Bench) -> None:
+    """A policy with `dispatch` alone. A layer has attention, gate, the experts' SEND and RETURN, an
+    expert for each choice, COMBINE; a step has its HEAD.
     """
     run = prepared("all-cpu", walked_trace(STEPS), PROFILE)
-    walked = walk(run, ticking(10))
+    with all_lanes(bench) as standing:
+        walked = walk(run, standing)
     assert len(walked.host_ns) == (run.host.steps.phase == DECODE).sum() - WARM_UPS
-    assert walked.decision_ns == pytest.approx(np.full(len(walked.host_ns), 10.0))
-    assert walked.host_ns == pytest.approx(walked.decision_ns + 10 / LAYERS)
+    assert (walked.host_ns > 0).all()
+    assert (walked.decision_ns > 0).all()
+    assert walked.launches == 2 + 2 + walked_model().top_k + 1 + 1 / LAYERS
 
 
-def watch(machine: Any) -> list[tuple[int, ...]]:
-    """Return what will have been submitted, but for what it waits for."""
-    submitted: list[tuple[int, ...]] = []
-    submit = machine.submit
-
-    def watched(*operation: int) -> int:
-        submitted.append(tuple(map(int, operation[:-3])))
-        ticket: int = submit(*operation)
-        return ticket
-
-    machine.submit = watched
-    return submitted
-
-
-@pytest.mark.parametrize("policy", ["dali", "lru"])
-def test_policies_decide_as_on_a_simulated_machine(
-    policy: str, monkeypatch: pytest.MonkeyPatch
+def test_time_in_hooks_is_no_time_of_the_host(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same submissions, one by one: decisions hang on no machine."""
-    seen: list[list[tuple[int, ...]]] = []
+    """A clock that only hooks move on: each takes 1,000 of it, and the rest of a step nothing."""
+    now = [0]
+    monkeypatch.setattr("moesim.calibrate.host.time.perf_counter_ns", lambda: now[0])
+    run = prepared("all-cpu", walked_trace(STEPS), PROFILE)
+    dispatch = run.policy.dispatch
 
-    class Seen(Timeless):
-        def __init__(self, feed: Any) -> None:
-            super().__init__(feed)
-            seen.append(watch(self))
+    class Slow:
+        def dispatch(self, view: Any, plan: Any) -> None:
+            now[0] += 1_000
+            dispatch(view, plan)
 
-    monkeypatch.setattr(host_module, "Timeless", Seen)
-    walk(prepared(policy, walked_trace(STEPS), PROFILE))
-    ready = prepared(policy, walked_trace(STEPS), PROFILE)
-    simulated = SimpyRun(ready, seed=0, jitter=0, record=False)
-    seen.append(watch(simulated.machine))
-    simulated.steps(0, len(ready.host.steps.phase))
-    assert any(operation[0] == H2D for operation in seen[0])
-    assert seen[0] == seen[1]
+    with all_lanes(bench) as standing:
+        walked = walk(run._replace(policy=Slow()), standing)
+    assert (walked.decision_ns == 1_000).all()
+    assert (walked.host_ns == 0).all()
+
+
+def test_lanes_are_the_device_s_or_others_for_as_long(bench: Bench) -> None:
+    emulated = Emulated(1 << 20, Throttle(0, 1e12))
+    with all_lanes(bench._replace(device=emulated)) as standing:
+        assert standing.lanes is emulated.lanes
+    emulated.close()
+    with all_lanes(bench) as standing:
+        assert list(standing.lanes) == list(LANES)
+        standing.lanes["gpu"].submit(lambda: None).wait()
+    with pytest.raises(RealError, match="lane gpu is closed"):
+        standing.lanes["gpu"].submit(lambda: None)
 
 
 @pytest.mark.parametrize("policy", sorted(BUILTIN))
 def test_every_policy_can_be_timed(bench: Bench, policy: str) -> None:
     found = decision_series(bench, policy)
     assert found.name == f"host/decision/{policy}"
-    assert found.facts["how"] == "plain Python, on a machine without time"
+    assert found.facts["how"] == "plain Python, on lanes that do nothing"
     assert found.points[0].repetitions == STEPS
     assert found.points[0].ns >= 1
 
@@ -229,22 +179,24 @@ def test_a_policy_that_breaks_a_rule_is_named() -> None:
             pass
 
     with pytest.raises(PolicyError, match="policy 'all-cpu', hook dispatch"):
-        walk(run._replace(policy=Idle()))
+        walk(run._replace(policy=Idle()), Standing({name: Lane(name) for name in LANES}))
 
 
-def test_layers_with_and_without_experts(bench: Bench) -> None:
+def test_policies_walk_and_one_walks_without_experts(bench: Bench) -> None:
     """Attention, gate and combine of each layer and a head per step; with experts far more."""
-    found = layer_series(bench)
-    few, many = found.points
-    assert few.at == pytest.approx(3 + 1 / LAYERS)
-    assert many.at >= few.at + walked_model().top_k
-    assert found.facts["policy"] == "lru"
+    found = walk_series(bench)
+    assert len(found.points) == len(WALKED) + 1
+    assert found.points[0].at == 3 + 1 / LAYERS
+    assert found.points[1].at >= 3 + walked_model().top_k
+    assert sum(p.held_out for p in found.points) == 1
+    assert fit_walk(found).parameters[1] > 0
 
 
-def test_a_trace_without_choices_has_no_activations() -> None:
+def test_a_trace_without_choices_has_no_activations(bench: Bench) -> None:
     trace = walked_trace(STEPS)
     run = prepared("on-demand", without_choices(trace), PROFILE)
-    walk(run)
+    with all_lanes(bench) as standing:
+        walk(run, standing)
     assert not run.host.counts.any()
     assert trace.layers == LAYERS
     assert walked_model().name == MODEL
@@ -253,47 +205,44 @@ def test_a_trace_without_choices_has_no_activations() -> None:
 # What a profile is told.
 
 
-def test_a_layer_is_split_into_itself_and_its_submissions() -> None:
-    """3 submissions in 15 us and 13 in 55: 4 us each and 3 us for the layer."""
-    assert split_layer(series("host/layer", (3, 15e3, 0), (13, 55e3, 0))) == (3000, 4000)
-
-
-def test_a_layer_that_would_take_less_than_nothing_takes_nothing() -> None:
-    """3 in 15 us and 13 in 78: what they take on average, so that a layer with experts is right."""
-    assert split_layer(series("host/layer", (3, 15e3, 0), (13, 78e3, 0))) == (0, 6000)
-    assert split_layer(series("host/layer", (3, 15e3, 0), (13, 14e3, 0))) == (14000, 0)
-    with pytest.raises(CalibrationError, match="host/layer: needs 2 numbers of submissions, not 1"):
-        split_layer(series("host/layer", (3, 15e3, 0)))
+def test_a_walk_is_a_base_and_so_much_per_submission() -> None:
+    """3 submissions in 15 us and 13 in 55: 4 us each and 3 us for the layer; 23 are to take 95."""
+    own = series("host/walk", (3, 15e3, 0), (13, 55e3, 0), (23, 190e3, 0))
+    *fitted, apart = own.points
+    judged = (*fitted, msgspec.structs.replace(apart, held_out=True))
+    fit = fit_walk(msgspec.structs.replace(own, points=judged))
+    assert fit.parameters == pytest.approx([3000, 4000], rel=1e-3)
+    assert fit.error == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(CalibrationError, match="host/walk: a fit needs 2 different sizes, not 1"):
+        fit_walk(series("host/walk", (3, 15e3, 0)))
 
 
 def test_the_section_by_hand() -> None:
     found = [
-        series("host/launch/queued", (200, 1500, 1600)),
         series("host/sync/short", (1, 6000, 6500)),
-        series("host/layer", (3, 15e3, 0), (13, 55e3, 0)),
+        series("host/walk", (3, 15e3, 0), (13, 55e3, 0)),
         series("host/decision/lru", (1, 100, 110)),
         series("host/decision/dali", (1, 200, 220)),
         series("host/decision/static", (1, 10, 12)),
     ]
     section = host_section(found)
     assert section.per_layer_ns == 3000
-    assert section.per_launch_ns == 4000 + 1500
+    assert section.per_launch_ns == 4000
     assert section.per_sync_ns == 6000
     assert section.decision_ns == 110
     assert section.decision_ns_by_policy == {"lru": 110, "dali": 220, "static": 12}
-    for missing in (0, 1, 2):
+    for missing in (0, 1):
         with pytest.raises(CalibrationError, match=f"{found[missing].name} was not measured"):
             host_section(found[:missing] + found[missing + 1 :])
     with pytest.raises(CalibrationError, match="no policy's decisions"):
-        host_section(found[:3])
+        host_section(found[:2])
 
 
 def test_tasks_are_named_as_their_series(bench: Bench) -> None:
     named = tasks(bench, ["static"])
     assert [task.name for task in named] == [
-        "host/launch/queued", "host/sync/short", "host/layer",
-        "host/decision/static",
+        "host/sync/short", "host/walk", "host/decision/static",
     ]  # fmt: skip
     for task in named:
         assert task.run(bench).name == task.name
-    assert len(tasks(bench)) == 3 + len(BUILTIN)
+    assert len(tasks(bench)) == 2 + len(BUILTIN)
