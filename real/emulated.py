@@ -5,12 +5,14 @@ measured on it is true of it, and every result says that it is emulated.
 """
 
 import math
+import os
 import time
 from typing import Any, NamedTuple
 
 from moesim.errors import CalibrationError
 from moesim.real.lanes import Lane
 
+hand_over = getattr(os, "sched_yield", lambda: time.sleep(0))
 SPIN_NS = 200_000
 """Sleeping overshoots by about a tenth of a millisecond; the rest is waited for in a loop."""
 
@@ -94,5 +96,7 @@ class Emulated:
 def wait_until(deadline_ns: int) -> None:
     """Block until a moment of `time.perf_counter_ns`, to within a few microseconds."""
     while (left := deadline_ns - time.perf_counter_ns()) > 0:
-        # Even a sleep of 0 lets other threads have Python; a loop alone would keep it from them.
-        time.sleep(max(0, left - SPIN_NS) / 1e9)
+        if left > SPIN_NS:
+            time.sleep((left - SPIN_NS) / 1e9)
+        else:
+            hand_over()  # a loop alone would keep Python from the other lanes

@@ -204,6 +204,8 @@ class TorchMachine:
                 self.feed.chosen[begin:end, layer],
                 None if forced is None else forced[begin:end, layer],
             )
+        else:
+            self.feed.chosen[begin:end, layer], self.feed.weights[begin:end, layer] = chosen
         np.asarray(ids)[first : first + n] = chosen[0]
         if chosen[1] is not None:
             np.asarray(weights)[first : first + n] = chosen[1]
@@ -222,6 +224,9 @@ class TorchMachine:
                 all_ids[begin:end, layer],
                 None if all_scores is None else all_scores[begin:end, layer],
             )
+        else:
+            width = guessed[0].shape[1]
+            self.feed.guesses[guess][0][begin:end, layer, :width] = guessed[0]
         n, width = map(int, guessed[0].shape)
         np.asarray(ids)[guess, :n, :width] = guessed[0]
         if guessed[1] is not None:

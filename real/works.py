@@ -105,11 +105,13 @@ class Works:
         """See `Doer.pieces`."""
         return self.kinds[operation.kind](operation)
 
-    def choice(self, step: int, layer: int, batch: int) -> None:
+    def choice(self, step: int, layer: int, batch: int) -> tuple[Any, Any] | None:
         """Return None: the trace's choice counts."""
+        return None
 
-    def guess(self, guess: int, layer: int) -> None:
+    def guess(self, guess: int, layer: int) -> tuple[Any, Any] | None:
         """Return None: the trace's guess counts."""
+        return None
 
     def route(self, layer: int, batch: int, ids: Any, weights: Any) -> None:
         """See `Doer.route`."""

@@ -221,15 +221,23 @@ def _most_counted(counts: IntArray, width: int) -> tuple[Ids, Scores]:
     return _fit(ids, width, MISSING), _fit(found.astype(np.float32), width, 0)
 
 
-def _previous(truth: Ids, steps: Steps) -> Ids:
-    # Inside a prefill, the token before is routed at the same time and tells nothing.
+def rows_before(steps: Steps) -> IntArray:
+    """Return the row of the token before each (R,), if that is of an earlier step; else -1.
+
+    Inside a prefill, the token before is routed at the same time and tells nothing.
+    """
+    rows = np.full(len(steps.rows), -1, np.int64)
     order = np.argsort(steps.sequence, kind="stable")
     before, after = order[:-1], order[1:]
-    step = np.searchsorted(steps.offset[:, -1], np.arange(len(truth)), side="right")
+    step = np.searchsorted(steps.offset[:, -1], np.arange(len(rows)), side="right")
     known = (step[before] < step[after]) & (steps.sequence[before] == steps.sequence[after])
-    ids = np.full_like(truth, MISSING)
-    ids[after[known]] = truth[before[known]]
-    return ids
+    rows[after[known]] = before[known]
+    return rows
+
+
+def _previous(truth: Ids, steps: Steps) -> Ids:
+    rows = rows_before(steps)
+    return np.where((rows < 0)[:, None, None], np.uint16(MISSING), truth[rows])
 
 
 def _popularity(

@@ -35,7 +35,7 @@ LIMITS = Limits(warm_ups=1, least=3, most=5, seconds=1.0)
 
 
 class Counted(Lane):
-    """A lane without a thread: an operation takes what it adds to `now_ns`, and waits for nobody."""
+    """A lane without a thread: operations take what they add to `now_ns`, and wait for nobody."""
 
     def __init__(self, name: str, threads: int = 1) -> None:
         self.name, self.threads, self.now_ns = name, threads, 0

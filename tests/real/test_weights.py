@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors_torch
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -737,7 +738,7 @@ class TestExperts:
         store.close()
 
     def test_files_are_safetensors(self, device: Emulated, on_disk: Any, tmp_path: Path) -> None:
-        safetensors = pytest.importorskip("safetensors.torch")
+        safetensors = safetensors_torch
         store = Experts(device, SHAPE, 2, 3, source, on_disk=on_disk, folder=tmp_path)
         (folder,) = tmp_path.iterdir()
         assert sorted(path.name for path in folder.iterdir()) == [

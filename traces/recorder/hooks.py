@@ -112,7 +112,7 @@ class Recorder:
         if model.training:
             raise RecordError(f"{self.architecture} is in training mode; call model.eval() first")
         self.routers = find_routers(model)
-        self.spec = _spec_of(model, self.routers)
+        self.spec = spec_of(model, self.routers)
         layers = len(self.routers)
         if residuals is not None and (residuals.ndim != 2 or len(residuals) != layers):
             raise RecordError(
@@ -430,7 +430,7 @@ def _indices(rows: Any, tensor: "Tensor") -> "Tensor":
     return torch.from_numpy(np.asarray(rows, np.int64)).to(tensor.device)
 
 
-def _spec_of(model: "nn.Module", routers: list[Router]) -> ModelSpec | None:
+def spec_of(model: "nn.Module", routers: list[Router]) -> ModelSpec | None:
     """Return what the model's config says it is, None where that is not enough.
 
     Raises RecordError where it says something else than the modules.

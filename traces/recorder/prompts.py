@@ -282,7 +282,7 @@ def _forward(model: "nn.Module", prompts: Sequence[Sequence[int]], run: Run) -> 
 
     longest = max(map(len, prompts))
     own = getattr(model, "generation_config", None)
-    pad, stop = _special_ids(own)
+    pad, stop = special_ids(own)
     ids = torch.full((len(prompts), longest), pad)
     mask = torch.zeros(ids.shape, dtype=torch.long)
     for row, prompt in enumerate(prompts):
@@ -317,7 +317,7 @@ def _forward(model: "nn.Module", prompts: Sequence[Sequence[int]], run: Run) -> 
         model.generation_config = own
 
 
-def _special_ids(config: Any) -> tuple[int, list[int] | None]:
+def special_ids(config: Any) -> tuple[int, list[int] | None]:
     """Return the padding id and the stop ids of a generation_config."""
     stop = getattr(config, "eos_token_id", None)
     stop = [stop] if isinstance(stop, int) else stop

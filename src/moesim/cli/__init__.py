@@ -13,13 +13,16 @@ COMMANDS = {
     "cache": "Say how often caches of each rule and size hit, layer by layer.",
     "calibrate": "Measure this machine, so that replays are about it.",
     "compile": "Compile the simulator and policies once, or clear what was compiled.",
+    "generate": "Generate text with a real model whose experts a policy offloads.",
     "hardware": "List the machines that moesim knows, show one, or compare two.",
     "models": "List the models that moesim knows, or show one.",
     "plan": "Show how a policy comes to the settings that it computes.",
     "policies": "List the policies, their parameters, defaults and sources.",
+    "real": "Run a policy on this machine: real weights, kernels and copies.",
     "record": "Record what the routers of a real model decide.",
     "replay": "Replay a routing trace through a policy on a simulated machine.",
     "trace": "Look into a routing trace, or make one.",
+    "validate": "Run policies really and simulated: how far off is the simulator?",
 }
 
 

@@ -24,11 +24,7 @@ REFERENCES = ("on-demand", "oracle")
 """The policies that stand for 0 % and 100 % of what can be gained."""
 
 
-RUN_OPTIONS = (
-    click.argument("trace", required=False, type=click.Path(path_type=Path)),
-    click.option(
-        "--model", metavar="NAME|PATH", help="Name or config.json.  [default: the trace's]"
-    ),
+MACHINE_OPTIONS = (
     click.option(
         "--hardware",
         metavar="NAME|PATH",
@@ -47,6 +43,23 @@ RUN_OPTIONS = (
         show_default=True,
         help="Precision of the experts, stored and copied.",
     ),
+)
+"""Machine and budget, without `SETTINGS`."""
+
+SETTINGS = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a number of the hardware profile, as link.h2d.bytes_per_s=55e9.",
+)
+
+RUN_OPTIONS = (
+    click.argument("trace", required=False, type=click.Path(path_type=Path)),
+    click.option(
+        "--model", metavar="NAME|PATH", help="Name or config.json.  [default: the trace's]"
+    ),
+    *MACHINE_OPTIONS,
     click.option(
         "--batch",
         type=click.IntRange(1),
@@ -69,13 +82,7 @@ RUN_OPTIONS = (
     ),
     click.option("--layers", type=click.IntRange(1), help="Run the first so many MoE layers only."),
     click.option("--repeat", is_flag=True, help="Let tokens of the trace serve several sequences."),
-    click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Change a number of the hardware profile, as link.h2d.bytes_per_s=55e9.",
-    ),
+    SETTINGS,
 )
 """What is run: trace, model, machine, budget and workload; `Inputs.load` takes them."""
 
@@ -392,7 +399,7 @@ LINK_NAMES = {
 }
 
 
-def show(result: dict[str, Any], run: "Replayed") -> None:
+def show(result: dict[str, Any], run: "Replayed", stderr: bool = False) -> None:
     """Print what the user came for first, then where the time went."""
     from rich.columns import Columns
     from rich.console import Console
@@ -401,7 +408,7 @@ def show(result: dict[str, Any], run: "Replayed") -> None:
     from moesim.sim.metrics import explain
     from moesim.types import BITS, NONE
 
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, stderr=stderr)
     about = result["run"]
     count = result["sequences"]
     tpot, p99 = result["tpot_ms"], result["itl_ms"]["p99"]
