@@ -166,7 +166,10 @@ class Cuda:
     def free(self, tensor: Any) -> None:
         """Do nothing: PyTorch takes back what nobody holds."""
 
-    def free_all(self) -> None:
+    taken_bytes = 0
+    """PyTorch counts itself."""
+
+    def free_all(self, but: int = 0) -> None:
         """Give back what PyTorch keeps of tensors that nobody holds any more."""
         import torch
 

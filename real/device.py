@@ -32,8 +32,15 @@ class Device(Protocol):
     def free(self, tensor: Any) -> None:
         """Give back a tensor that `empty` returned and that nobody uses any more."""
 
-    def free_all(self) -> None:
-        """Give back all device memory; tensors handed out before must not be used any more."""
+    @property
+    def taken_bytes(self) -> int:
+        """What `empty` has handed out, where the device itself counts it; else 0."""
+
+    def free_all(self, but: int = 0) -> None:
+        """Give back all device memory but the first so many bytes that were taken.
+
+        Tensors handed out after these must not be used any more.
+        """
 
     def close(self) -> None:
         """Finish what is queued, and end the lanes."""

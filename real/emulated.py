@@ -50,26 +50,26 @@ class Emulated:
             "d2h": Lane("d2h"),
             "disk": Lane("disk"),
         }
-        self._taken = 0
+        self.taken_bytes = 0
 
     def empty(self, *shape: int, dtype: Any) -> Any:
         """Return a tensor in device memory."""
         import torch
 
         size_bytes = dtype.itemsize * math.prod(shape)
-        if self._taken + size_bytes > self.memory_bytes:
+        if self.taken_bytes + size_bytes > self.memory_bytes:
             raise CalibrationError(
                 f"{size_bytes} bytes do not fit into the {self.memory_bytes} of the emulated "
-                f"device, of which {self._taken} are taken"
+                f"device, of which {self.taken_bytes} are taken"
             )
         # Written to, since the system gives a page its memory only then, and takes its time.
         tensor = torch.empty(shape, dtype=dtype).zero_()
-        self._taken += size_bytes
+        self.taken_bytes += size_bytes
         return tensor
 
     def free(self, tensor: Any) -> None:
         """Give back a tensor that `empty` returned and that nobody uses any more."""
-        self._taken -= tensor.numel() * tensor.element_size()
+        self.taken_bytes -= tensor.numel() * tensor.element_size()
 
     def host(self, *shape: int, dtype: Any, pinned: bool = True) -> Any:
         """Return a tensor in host memory; pinning it would change nothing."""
@@ -77,9 +77,9 @@ class Emulated:
 
         return torch.empty(shape, dtype=dtype)
 
-    def free_all(self) -> None:
-        """Give back everything; tensors handed out before must not be used any more."""
-        self._taken = 0
+    def free_all(self, but: int = 0) -> None:
+        """Give back everything but the first so many bytes; see `device.Device`."""
+        self.taken_bytes = min(self.taken_bytes, but)
 
     def copy(self, target: Any, source: Any) -> None:
         """Copy between host and device memory, not faster than the link; runs on a lane."""

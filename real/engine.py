@@ -14,6 +14,7 @@ from moesim.errors import MoesimError
 from moesim.host import run_steps
 from moesim.log import Contents
 from moesim.real.account import totals
+from moesim.real.dense import Dense
 from moesim.real.device import Device
 from moesim.real.forward import Forward
 from moesim.real.store import Experts
@@ -67,6 +68,10 @@ class Engine:
         self.folder = folder or Path(tempfile.gettempdir())
         self.experts: Experts | None = None
         self._made_for: object = None
+        self._dense: Dense | None = None
+        self._dense_for: object = None
+        self._dense_bytes = 0
+        """Of device memory."""
 
     def experts_for(self, prepared: Prepared, asked: Demands) -> Experts:
         """Return experts of a run's model, in all precisions that it asks for."""
@@ -92,6 +97,19 @@ class Engine:
         self.experts.prepare(asked.precisions)
         return self.experts
 
+    def dense_for(self, prepared: Prepared) -> Dense:
+        """Return the weights outside the experts of a run's model, where its placement has them."""
+        import torch
+
+        model, on_host = prepared.model, prepared.placement.dense_on_host
+        if self._dense is None or self._dense_for != (model, on_host):
+            self._dense = None
+            self.device.free_all()
+            self._dense = Dense(self.device, model, on_host, torch.bfloat16, self.seed)
+            self._dense_for = model, on_host
+            self._dense_bytes = self.device.taken_bytes
+        return self._dense
+
     def run(
         self, make: Callable[[], Prepared], *, warm_up: int = WARM_UP_STEPS,
         progress: Progress | None = None, watch: Watch | None = None,
@@ -110,10 +128,11 @@ class Engine:
         return self._run(prepared, asked, len(prepared.host.steps.phase), progress, watch)
 
     def forget(self) -> None:
-        """Give back the memory of the experts."""
+        """Give back the memory of all weights."""
         if self.experts is not None:
             self.experts.close()
-        self.experts = None
+        self.experts = self._dense = None
+        self.device.free_all()
 
     def close(self) -> None:
         """Give back everything, and end the lanes."""
@@ -127,11 +146,12 @@ class Engine:
         host, placement, device = prepared.host, prepared.placement, self.device
         experts = self.experts_for(prepared, asked)
         initial, slot_bytes = contents(host.res), host.res.slot_bytes.copy()
-        with cleared(device):
+        dense = self.dense_for(prepared)
+        with cleared(device, self._dense_bytes):
             forward = Forward(
                 prepared.model, device, prepared.feed.steps, kv_on_host=placement.kv_on_host,
                 dense_on_host=placement.dense_on_host,
-                attention_on_cpu=placement.attention_on_cpu, seed=self.seed,
+                attention_on_cpu=placement.attention_on_cpu, seed=self.seed, dense=dense,
             )  # fmt: skip
             slots = filled_slots(device, experts, slot_bytes, initial, asked.precisions)
             works = Works(
@@ -195,11 +215,13 @@ def filled_slots(
 
 
 @contextmanager
-def cleared(device: Device) -> Iterator[None]:
-    """Take back what lanes have queued when something goes wrong, and give back all memory."""
+def cleared(device: Device, but: int = 0) -> Iterator[None]:
+    """Take back what lanes have queued when something goes wrong, and give back all memory but so
+    many bytes that were taken before.
+    """
     try:
         yield
     finally:
         for lane in device.lanes.values():
             lane.drop()
-        device.free_all()
+        device.free_all(but)

@@ -36,9 +36,12 @@ class Forward(Stream):
     def __init__(
         self, model: ModelSpec, device: Device, steps: Steps, *, kv_on_host: bool = False,
         dense_on_host: bool = False, attention_on_cpu: bool = False, dtype: Any = None,
-        seed: int = 0,
+        seed: int = 0, dense: Dense | None = None,
     ) -> None:  # fmt: skip
-        """Draw the weights and take the memory; `dtype` is bfloat16 by default."""
+        """Take the memory, and draw the weights unless they are given, which takes long.
+
+        `dtype` is bfloat16 by default.
+        """
         import torch
 
         own = grouped_query(model)
@@ -55,7 +58,7 @@ class Forward(Stream):
         self.attention_on_cpu = attention_on_cpu
         self.ids = token_ids(model, steps, seed)
         """(rows,): the token of each row of `steps`."""
-        self.dense = Dense(device, model, dense_on_host, dtype, seed)
+        self.dense = dense or Dense(device, model, dense_on_host, dtype, seed)
         self.caches = Caches(device, model, self.groups, kv_on_host, attention_on_cpu, dtype)
         tokens = len(self._stream)
         self._embedded = device.host(tokens, model.hidden, dtype=dtype)

@@ -163,7 +163,12 @@ def spans(run: Replayed, log: Log) -> list[dict[str, Any]]:
 
 def write_timeline(run: Replayed, path: Path) -> None:
     """Write the Chrome trace of a recorded run, compressed if the name ends in .gz."""
-    text = json.dumps(timeline(run), separators=(",", ":"))
+    write_trace(timeline(run), path)
+
+
+def write_trace(trace: dict[str, Any], path: Path) -> None:
+    """Write a Chrome trace, compressed if the name ends in .gz."""
+    text = json.dumps(trace, separators=(",", ":"))
     data = text.encode()
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)

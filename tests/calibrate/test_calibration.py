@@ -42,7 +42,9 @@ class Nothing:
     def free(self, tensor: object) -> None:
         raise NotImplementedError
 
-    def free_all(self) -> None:
+    taken_bytes = 0
+
+    def free_all(self, but: int = 0) -> None:
         self.freed += 1
 
 
