@@ -2,7 +2,8 @@
 its results are where they belong.
 
 Series are named `expert/<lane>/<hidden>x<width>/<precision>`. The last part is the bits of a
-weight; `16` is bfloat16, `16-fp16` the other one.
+weight; `16` is bfloat16, `16-fp16` the other one. `8` and `4` are PyTorch's own kernels; `8-packed`
+and so on is what `moesim real` does: weights packed in groups are restored to bfloat16 first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +30,22 @@ from moesim.errors import CalibrationError
 from moesim.model import ModelSpec
 from moesim.profile import ExpertTable
 from moesim.real.operations import add_up, expert, int4, int8
+from moesim.real.weights import Shape, expert_whole, pack
 from moesim.types import FloatArray
 
-PRECISIONS = {"bf16": "16", "fp16": "16-fp16", "fp32": "32", "int8": "8", "int4": "4"}
-"""Names of series by precision; int8 and int4 are weights only, activations being bfloat16."""
+PRECISIONS = {
+    "bf16": "16",
+    "fp16": "16-fp16",
+    "fp32": "32",
+    "int8": "8",
+    "int4": "4",
+    "packed8": "8-packed",
+    "packed4": "4-packed",
+    "packed2": "2-packed",
+}
+"""Names of series by precision; below 16 bits it is that of weights, activations being bfloat16."""
+TABLED = ("16", "8", "4", "2")
+"""Bits of which profiles have tables."""
 LANES = ("gpu", "cpu")
 TOKENS = grid([1 << k for k in range(13)], [3, 12, 48, 192, 768, 3072])
 QUICK_TOKENS = grid([1, 4, 16, 64, 256], [8, 128])
@@ -119,11 +132,20 @@ def measured(
     index = placed(bench, lane, torch.arange(most))
     take = on_gpu(bench, rows) if lane == "gpu" else on_cpu(rows)
     dtype_fact: dict[str, float | str] = {"dtype": str(dtype).removeprefix("torch.")}
-    pack = {"int8": int8, "int4": int4}.get(precision)
+    fused = {"int8": int8, "int4": int4}.get(precision)
+    bits = int(precision.removeprefix("packed")) if precision.startswith("packed") else 0
+    shape = Shape(hidden, width)
+
+    def compute(rows: Any, weights: Any) -> Any:
+        return expert_whole(rows, weights, shape, bits) if bits else expert(rows, *weights)
+
     try:
-        weights = plain if pack is None else tuple(map(pack, plain))
+        weights: Any = plain if fused is None else tuple(map(fused, plain))
+        if bits:
+            gate, up = plain[0].chunk(2)
+            weights = pack(gate, up, plain[1], bits)
         buffers = copies(bench, lane, weights)
-        lane_of(bench, lane).submit(lambda: expert(rows[:1], *buffers(0))).wait()
+        lane_of(bench, lane).submit(lambda: compute(rows[:1], buffers(0))).wait()
     except (AttributeError, RuntimeError) as error:
         if out_of_memory(error):
             raise
@@ -132,7 +154,7 @@ def measured(
 
     def prepare(tokens: int) -> Call:
         own = index[:tokens]
-        return lambda k: take(own, expert(rows.index_select(0, own), *buffers(k)))
+        return lambda k: take(own, compute(rows.index_select(0, own), buffers(k)))
 
     points, facts = sweep(bench, lane, sizes, prepare)
     return points, {**dtype_fact, **buffers.facts, **facts}
@@ -185,9 +207,9 @@ def judged(series: Series, date: str = "", versions: Mapping[str, str] | None = 
     apart, truth = columns([(point.at, point.ns) for point in inside])
     fit = fit_floor(at, ns, (apart, truth) if len(apart) else None) if len(at) >= 3 else None
     points, table_error = tabled(series)
-    bits = series.name.rpartition("/")[2].removesuffix("-fp16")
+    bits = series.name.rpartition("/")[2].partition("-")[0]
     table = None
-    if bits in ("16", "8", "4"):
+    if bits in TABLED:
         lane, dtype = series.name.split("/")[1], series.facts["dtype"]
         note = f"one expert on lane {lane}, weights {series.facts['precision']}, rows {dtype}"
         if "stopped" in series.facts:
@@ -197,7 +219,7 @@ def judged(series: Series, date: str = "", versions: Mapping[str, str] | None = 
         table = ExpertTable(
             hidden=int(series.facts["hidden"]),
             width=int(series.facts["width"]),
-            bits={"16": 16, "8": 8, "4": 4}[bits],  # type: ignore[arg-type]
+            bits=int(bits),  # type: ignore[arg-type]
             points=points,
             provenance=provenance([series], note, date, versions or {}),
         )

@@ -152,7 +152,7 @@ def judgements(own: Sequence[Expert]) -> tuple[str, ...]:
 def plain(found: Sequence[Expert], lane: str) -> list[Expert]:
     """Return the experts of a lane at 16 bits that have a fit; bfloat16 if there are any."""
     own = [e for e in found if e.lane == lane and e.bits == 16 and e.judged.fit is not None]
-    return [e for e in own if not e.half] or own
+    return [e for e in own if not e.variant] or own
 
 
 def of_experts(section: str, own: Sequence[Expert], rates: Rates) -> list[Finding]:

@@ -23,6 +23,8 @@ from moesim.model import ModelSpec, packed_bytes
 from moesim.profile import AttentionTable, ExpertTable, HardwareProfile, LayerTable, Tables
 from moesim.types import BITS
 
+VARIANTS = ("packed", "", "fp16")
+"""What a series' name may end in: of one shape and precision, the first one makes the table."""
 LAYER_KINDS = ("gate", "ffn", "combine", "head")
 
 
@@ -58,8 +60,8 @@ class Expert(NamedTuple):
     hidden: int
     width: int
     bits: int
-    half: bool
-    """Whether its 16 bits are fp16, which is used for lack of bfloat16 only."""
+    variant: str
+    """How it was computed, of `VARIANTS`."""
     judged: experts.Judged
 
     @property
@@ -81,7 +83,7 @@ def spread_of(*series: Series) -> float:
 def fitted_experts(kept: Mapping[str, Kept], notices: list[str]) -> Iterator[Expert]:
     """Give every expert that was measured and can be true; what cannot is noticed."""
     for name, one in kept.items():
-        parts = re.fullmatch(r"expert/(gpu|cpu)/(\d+)x(\d+)/(16|8|4)(-fp16)?", name)
+        parts = re.fullmatch(r"expert/(gpu|cpu)/(\d+)x(\d+)/(16|8|4|2)-?(fp16|packed|)", name)
         if parts is None or not one.series.points:
             continue
         try:
@@ -89,7 +91,7 @@ def fitted_experts(kept: Mapping[str, Kept], notices: list[str]) -> Iterator[Exp
             if made.table is None:
                 continue
             hidden, width, bits = (int(parts[i]) for i in (2, 3, 4))
-            own = Expert(one, parts[1], hidden, width, bits, bool(parts[5]), made)
+            own = Expert(one, parts[1], hidden, width, bits, parts[5], made)
             hold_weights(one.series, own.lane, kept)
         except CalibrationError as error:
             notices.append(f"{name} is not used: {error}")
@@ -145,7 +147,7 @@ def expert_tables(
 ) -> tuple[dict[str, tuple[ExpertTable, ...]], list[Finding]]:
     """Return tables by lane, of bfloat16 where both kinds of 16 bits were measured."""
     best: dict[tuple[str, int, int, int], Expert] = {}
-    for one in sorted(found, key=lambda e: e.half):
+    for one in sorted(found, key=lambda e: VARIANTS.index(e.variant)):
         best.setdefault((one.lane, one.hidden, one.width, one.bits), one)
     made: dict[str, list[ExpertTable]] = {"gpu": [], "cpu": []}
     findings = []

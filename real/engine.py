@@ -1,5 +1,6 @@
 """Run a prepared run on a device: the same host program and policy, with weights and kernels."""
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +77,9 @@ class Engine:
     def experts_for(self, prepared: Prepared, asked: Demands) -> Experts:
         """Return experts of a run's model, in all precisions that it asks for."""
         model, placement = prepared.model, prepared.placement
-        shape = Shape(model.hidden, model.expert_width, asked.parts)
+        # Parts are columns of a matrix, too, which CUDA brings from pinned memory by neuron only.
+        by_neuron = asked.parts and self.device.label == "cuda"
+        shape = Shape(model.hidden, model.expert_width, by_neuron)
         bits = BITS[prepared.setting.precision]
         on_disk = placement.on_disk
         wanted = (
@@ -147,7 +150,7 @@ class Engine:
         experts = self.experts_for(prepared, asked)
         initial, slot_bytes = contents(host.res), host.res.slot_bytes.copy()
         dense = self.dense_for(prepared)
-        with cleared(device, self._dense_bytes):
+        with cleared(device, self._dense_bytes), uncollected():
             forward = Forward(
                 prepared.model, device, prepared.feed.steps, kv_on_host=placement.kv_on_host,
                 dense_on_host=placement.dense_on_host,
@@ -225,3 +228,17 @@ def cleared(device: Device, but: int = 0) -> Iterator[None]:
         for lane in device.lanes.values():
             lane.drop()
         device.free_all(but)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect what Python has to, and then nothing: looking through a large heap takes it half a
+    second, in which no lane begins anything."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -327,12 +327,23 @@ def test_every_precision_computes_or_says_that_it_cannot(
     found = series(bench, "cpu", 64, 32, precision, [Size(1), Size(2)])
     assert found.name == f"expert/cpu/64x32/{PRECISIONS[precision]}"
     assert bool(found.points) != ("unsupported" in found.facts)
-    size = {"fp32": 4, "int8": 1, "int4": 0.5}.get(precision, 2)
+    sizes = {"fp32": 4, "int8": 1, "int4": 0.5, "packed8": 1, "packed4": 0.5, "packed2": 0.25}
+    size = sizes.get(precision, 2)
+    if precision.startswith("packed"):
+        size += 4 / 64
     if found.points:
         assert 1 <= float(found.facts["weight_bytes"]) / (3 * 64 * 32 * size) < 1.2
     if precision == "int4":
         # An expert of 32 inputs to the second matrix has no whole group of 64.
         assert "unsupported" in found.facts
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_packed_experts_make_the_table_of_their_bits(bench: Bench, bits: int) -> None:
+    made = judged(series(bench, "cpu", 64, 64, f"packed{bits}", [Size(1), Size(2), Size(4)]))
+    assert made.table is not None
+    assert made.table.bits == bits
+    assert f"weights packed{bits}" in made.table.provenance.note
 
 
 def test_four_bits_where_the_shape_allows_them(

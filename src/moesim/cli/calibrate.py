@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "qwen3-30b-a3b"
 DEFAULT_BASE = "rtx3090-pcie4-ddr4"
-PRECISIONS = ("bf16", "fp16", "fp32", "int8", "int4")
+PRECISIONS = ("bf16", "fp16", "fp32", "int8", "int4", "packed8", "packed4", "packed2")
 HEADINGS = {"interference": "speed while all are busy"}
 
 
