@@ -6,7 +6,7 @@ weight; `16` is bfloat16, `16-fp16` the other one. `8` and `4` are PyTorch's own
 and so on is what `moesim real` does: weights packed in groups are restored to bfloat16 first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,9 +29,12 @@ from moesim.calibrate.sweeps import (
 from moesim.errors import CalibrationError
 from moesim.model import ModelSpec
 from moesim.profile import ExpertTable
-from moesim.real.operations import add_up, expert, int4, int8
+from moesim.real.device import Device
+from moesim.real.operations import expert, int4, int8
+from moesim.real.stream import Stream
 from moesim.real.weights import Shape, expert_whole, pack
-from moesim.types import FloatArray
+from moesim.traces.workload import Workload, steps_of
+from moesim.types import NONE, FloatArray
 
 PRECISIONS = {
     "bf16": "16",
@@ -129,8 +132,6 @@ def measured(
     )
     most = max(size.at for size in sizes)
     rows = placed(bench, lane, noise(most, hidden, dtype=dtype))
-    index = placed(bench, lane, torch.arange(most))
-    take = on_gpu(bench, rows) if lane == "gpu" else on_cpu(rows)
     dtype_fact: dict[str, float | str] = {"dtype": str(dtype).removeprefix("torch.")}
     fused = {"int8": int8, "int4": int4}.get(precision)
     bits = int(precision.removeprefix("packed")) if precision.startswith("packed") else 0
@@ -153,38 +154,42 @@ def measured(
         return (), {**dtype_fact, "unsupported": f"{type(error).__name__}: {why}"}
 
     def prepare(tokens: int) -> Call:
-        own = index[:tokens]
-        return lambda k: take(own, compute(rows.index_select(0, own), buffers(k)))
+        stream = stream_of(bench, lane, tokens, rows)
+
+        def on_gpu(k: int) -> None:
+            stream.put(0, 0, NONE, compute(stream.inputs(0, 0), buffers(k)))
+
+        def on_cpu(k: int) -> None:
+            stream.cpu_put(0, 0, compute(stream.cpu_inputs(0, 0), buffers(k)))
+
+        return on_gpu if lane == "gpu" else on_cpu
 
     points, facts = sweep(bench, lane, sizes, prepare)
     return points, {**dtype_fact, **buffers.facts, **facts}
 
 
-Take = Callable[[Any, Any], object]
-"""Of an expert's rows (its tokens,) and results (its tokens, hidden): where these go."""
+def stream_of(bench: Bench, lane: str, tokens: int, rows: Any) -> Stream:
+    """Return the stream of a run's step in which all of so many tokens go to expert 0.
+
+    `rows` (at least so many, hidden) lie where the lane computes.
+    """
+    device: Any = bench.device if lane == "gpu" else OnHost(bench.device)
+    ends, prompts = np.array([0, tokens]), np.array([tokens])
+    workload = Workload(rows=np.arange(tokens), starts=ends, prompts=prompts)
+    stream = Stream(device, steps_of(workload), rows.shape[1], 1, 1, rows.dtype)
+    stream.route(0, 0, np.zeros((tokens, 1), np.int64), None)
+    target = stream.normed(0) if lane == "gpu" else stream.exchange.sent(0, tokens)
+    lane_of(bench, lane).submit(lambda: target.copy_(rows[:tokens])).wait()
+    return stream
 
 
-def on_gpu(bench: Bench, rows: Any) -> Take:
-    """Return what is done with an expert's results on the GPU: see `real.forward.Forward.put`."""
-    results = placed(bench, "gpu", rows)
+class OnHost:
+    """Host memory in the place of a device's, for what happens on the host only."""
 
-    def put(index: Any, result: Any) -> object:
-        return results.index_copy_(0, index, result)
-
-    return put
-
-
-def on_cpu(rows: Any) -> Take:
-    """Return what is done with them on the CPU: they are weighed, added up and rounded."""
-    import torch
-
-    sums, rounded = torch.zeros(rows.shape, dtype=torch.float32), torch.empty_like(rows)
-    weights = torch.full((len(rows),), 0.125, dtype=rows.dtype)
-
-    def add(index: Any, result: Any) -> None:
-        add_up(sums, rounded, index, result, weights[: len(index)])
-
-    return add
+    def __init__(self, device: Device) -> None:
+        """Work on its lane `cpu`."""
+        self.host = self.empty = partial(device.host, pinned=False)
+        self.lanes = dict.fromkeys(LANES, device.lanes["cpu"])
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -1,8 +1,9 @@
 """Time an operation of a lane over tokens or contexts, on weights that no cache holds.
 
 An expert's weights were last read many experts ago: its copies here rotate through more memory than
-the largest cache has. Operations that are short are queued back to back, as a run has them, and
-timed from end to end: taking up the next one takes a lane its time, too.
+the largest cache has. Operations that are short are queued, as a run has them, each behind a read
+of other memory: those before it have left little of what it needs in the caches. Its time counts
+from the end of that, since taking up the next operation takes a lane its time, too.
 """
 
 import itertools
@@ -25,6 +26,8 @@ PASSES = 2
 SHORT_NS = 5_000_000
 """Operations that take less are queued, `FEWEST` at least; beside others it is nothing."""
 FEWEST = 3
+OTHER_BYTES = 16 << 20
+"""What is read before an operation: about an expert."""
 NOISE = 1 << 20
 """Random numbers that are drawn; larger tensors repeat them."""
 
@@ -160,6 +163,8 @@ def sweep(
     When one call takes longer than `longest` allows, this size and larger ones are left out, which
     a fact says. The first size is measured in any case, once.
     """
+    import torch
+
     queue = lane_of(bench, lane)
     turn = itertools.count()
     longest_ns = longest * 1e9 * bench.limits.seconds
@@ -169,11 +174,16 @@ def sweep(
         "in_a_row": f"1 to {MOST_CALLS}",
     }
 
+    room = bench.device.memory_bytes // 16 if lane == "gpu" else OTHER_BYTES
+    other = placed(bench, lane, noise(min(OTHER_BYTES, room) // 4, dtype=torch.float32))
+
     def timed(call: Call, calls: int) -> int:
-        works = [partial(call, next(turn)) for _ in range(calls)]
+        if calls == 1:
+            return max(1, queue.submit(partial(call, next(turn))).wait().ns)
+        works = [work for _ in range(calls) for work in (other.sum, partial(call, next(turn)))]
         tickets = back_to_back(queue, works)
-        start_ns = tickets[0].end_ns if calls > 1 else tickets[0].start_ns
-        return max(1, (tickets[-1].end_ns - start_ns) // max(1, calls - 1))
+        taken = (b.end_ns - a.end_ns for a, b in zip(tickets[::2], tickets[1::2], strict=True))
+        return max(1, sum(taken) // calls)
 
     first: list[tuple[Size, Callable[[], int], Limits, Timed]] = []
     points: list[Point] = []

@@ -4,17 +4,20 @@ It is slow and honest: real GEMMs, real copies, real concurrency, on the host's 
 measured on it is true of it, and every result says that it is emulated.
 """
 
+import ctypes
 import math
-import os
+import sys
+import threading
 import time
 from typing import Any, NamedTuple
 
 from moesim.errors import CalibrationError
 from moesim.real.lanes import Lane
 
-hand_over = getattr(os, "sched_yield", lambda: time.sleep(0))
-SPIN_NS = 200_000
-"""Sleeping overshoots by about a tenth of a millisecond; the rest is waited for in a loop."""
+SPIN_NS = 40_000
+"""Sleeping overshoots by some 20 us; the rest is waited for in a loop."""
+PR_SET_TIMERSLACK = 29
+"""Of prctl(2): for the calling thread, in ns."""
 
 
 class Throttle(NamedTuple):
@@ -95,8 +98,21 @@ class Emulated:
 
 def wait_until(deadline_ns: int) -> None:
     """Block until a moment of `time.perf_counter_ns`, to within a few microseconds."""
+    wake_precisely()
     while (left := deadline_ns - time.perf_counter_ns()) > 0:
         if left > SPIN_NS:
             time.sleep((left - SPIN_NS) / 1e9)
-        else:
-            hand_over()  # a loop alone would keep Python from the other lanes
+
+
+def wake_precisely() -> None:
+    """Let the system wake this thread when it asks for it; by default it is up to 50 us late.
+
+    It then need not spin for long, in which others could have neither Python nor the processor.
+    """
+    if not getattr(_precise, "done", False):
+        _precise.done = True
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+_precise = threading.local()

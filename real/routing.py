@@ -85,7 +85,8 @@ class Choices:
         size_bytes = tokens * top_k * (8 + 8 + dtype.itemsize)
         self._host = device.host(size_bytes, dtype=torch.uint8)
         self._device = device.empty(size_bytes, dtype=torch.uint8)
-        self._placed: tuple[Routing, list[Any]] | None = None
+        self._placed: tuple[Routing, list[Any], Any] | None = None
+        """What is on the device, as views there, and the weights in the memory copied from."""
 
     def take(
         self, now: Now, layer: int, batch: int, ids: IntArray, weights: FloatArray | None
@@ -123,11 +124,22 @@ class Choices:
             views = []
             for part in (routing.places, routing.rows, routing.weights):
                 own = slice(taken, taken + part.numel() * part.element_size())
-                self._host[own].view(part.dtype).view(part.shape).copy_(part)
+                source = self._host[own].view(part.dtype).view(part.shape)
+                source.copy_(part)
                 views.append(self._device[own].view(part.dtype).view(part.shape))
                 taken = own.stop
             # Not over the link: an engine's router leaves its choice on the device.
             self._device[:taken].copy_(self._host[:taken], non_blocking=True)
-            self._placed = routing, views
+            self._placed = routing, views, source
         places, rows, weights = self._placed[1]
         return places, rows, weights
+
+    def silence(self, experts: Sequence[int]) -> None:
+        """Set the weights of experts to 0 on the device, by one copy; lane `gpu`."""
+        import torch
+
+        assert self._placed is not None
+        routing, (_, _, weights), source = self._placed
+        places = torch.cat([routing.places[routing.span(expert)] for expert in experts])
+        source.view(-1).index_fill_(0, places, 0)
+        weights.copy_(source, non_blocking=True)

@@ -101,11 +101,11 @@ class Stream:
     def take_results(self, layer: int) -> tuple[Any, Any]:
         """Return results (tokens, top_k, hidden) and weights (tokens, top_k), 0 where the CPU has
         computed; lane `gpu`, once for each layer."""
-        places, _, weights = self.choices.on_device(layer)
+        _, _, weights = self.choices.on_device(layer)
         routing = self.choices.of(layer)
-        for expert in routing.active:
-            if expert not in self._written:
-                weights.view(-1).index_fill_(0, places[routing.span(expert)], 0)
+        elsewhere = [expert for expert in routing.active if expert not in self._written]
+        if elsewhere:
+            self.choices.silence(elsewhere)
         self._written = {}
         return self._results[: self.now.tokens], weights
 

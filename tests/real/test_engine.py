@@ -1,5 +1,6 @@
 """Every policy on real lanes: audited logs, and the outputs of a plain computation."""
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -213,6 +214,15 @@ def test_nothing_is_read_that_was_given_up(
     assert max(off) < ROUNDED
     if spec == "lru":
         assert poisoner.count > 50
+
+
+def test_nothing_is_collected_in_a_run(
+    engine: Engine, trace: Trace, profile: HardwareProfile
+) -> None:
+    seen: set[bool] = set()
+    engine.run(lambda: prepared(trace, profile, "lru"), watch=lambda *_: seen.add(gc.isenabled()))
+    assert seen == {False}
+    assert gc.isenabled()
 
 
 # Failing.

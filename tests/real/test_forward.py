@@ -368,7 +368,7 @@ MODELS = {
 @pytest.mark.parametrize("batches", [1, 2, 5])
 @pytest.mark.parametrize("hosted", [{}, {"kv_on_host": True}, {"dense_on_host": True}])
 def test_on_the_device_all_is_equal_to_the_last_bit(
-    device: Poisoned, name: str, batches: int, hosted: dict[str, bool]
+    device: Poisoned, name: str, batches: int, hosted: dict[str, Any]
 ) -> None:
     model, steps = MODELS[name], served(*RAGGED, batches=batches)
     forward = Forward(model, device, steps, **hosted)
@@ -393,7 +393,7 @@ def test_a_gemm_per_batch(device: Poisoned, batches: int) -> None:
     close(walk(run), truth(run), roundings=IN_ANOTHER_ORDER)
 
 
-WAYS: dict[str, dict[str, bool]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "device": {},
     "kv": {"kv_on_host": True},
     "cpu": {"kv_on_host": True, "attention_on_cpu": True},
@@ -523,7 +523,7 @@ LATENT = Latent(
     ],
 )
 def test_what_cannot_be_computed_is_refused(
-    device: Poisoned, model: ModelSpec, options: dict[str, bool], message: str
+    device: Poisoned, model: ModelSpec, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RealError, match=message) as refused:
         Forward(model, device, served((3, 1)), **options)

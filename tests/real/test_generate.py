@@ -436,7 +436,7 @@ def test_afterwards_the_device_is_empty_and_works_again(
         patched.setattr("moesim.real.model_forward.ModelForward.head", stop)
         with pytest.raises((KeyboardInterrupt, RealError)):
             run(net, "dali")
-    assert device._taken == 0
+    assert device.taken_bytes == 0
     assert all(lane.error is None and not lane.busy for lane in device.lanes.values())
     assert set(device.lanes) == set(LANES)
     assert run(net, "dali")[0].tokens[0] == tuple(plainly(net, PROMPTS[0])[0])

@@ -1,6 +1,5 @@
 """Errors, their parts and the order of policies, of runs whose times are known."""
 
-import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -217,18 +216,6 @@ def test_a_simulated_machine_hands_over_in_no_time(
     make: Make, profile: HardwareProfile, spec: str
 ) -> None:
     assert observe(replay(make(spec, profile)(), record=True)).handing_over_ns == 0
-
-
-def test_nothing_is_collected_in_a_run(make: Make, profile: HardwareProfile) -> None:
-    seen: list[bool] = []
-
-    def run(spec: str) -> Replayed:
-        seen.append(gc.isenabled())
-        return replay(make(spec, profile)(), record=True)
-
-    validate.validate({"lru": make("lru", profile)}, run, 2)
-    assert seen == [False, False]
-    assert gc.isenabled()
 
 
 def test_without_an_error_there_are_no_shares() -> None:
