@@ -210,7 +210,7 @@ def filled_slots(
     ]
     for own in initial:
         bits = BITS[own.precision]
-        image = experts.image(own.layer, own.expert, bits)
+        image = experts.image_at_once(own.layer, own.expert, bits)
         wanted = Held(own.layer, own.expert, bits, 0, own.part)
         fill = partial(copy_in, device.copy, image, slots[own.slot], experts.shape, wanted)
         device.lanes["h2d"].submit(fill).wait()

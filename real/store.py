@@ -90,6 +90,19 @@ class Experts:
             )
         return self._images[layer, expert, bits]
 
+    def image_at_once(self, layer: int, expert: int, bits: int) -> Any:
+        """Return an expert's bytes before a run; what lies on disk is read, and not kept.
+
+        Raises InputError as `image` and `read_from_disk` do.
+        """
+        import torch
+
+        if bits != self.bits or (layer, expert) not in self._files:
+            return self.image(layer, expert, bits)
+        buffer = self.device.host(image_bytes(self.shape, self.bits), dtype=torch.uint8)
+        self.read_from_disk(layer, expert, buffer)
+        return buffer
+
     def reserve(self, layer: int, expert: int) -> Any:
         """Return a buffer for an expert on disk to be read into, and let `image` return it."""
         import torch

@@ -175,7 +175,7 @@ class TorchMachine:
 
     def cancel(self, ticket: int) -> bool:
         """See `Machine.cancel`."""
-        if ticket in self.waited_for:
+        if ticket == 0 or ticket in self.waited_for:
             return False
         own = self.tickets[ticket - 1]
         if not self.lanes[own.lane].cancel(own):
@@ -185,6 +185,8 @@ class TorchMachine:
 
     def promote(self, ticket: int) -> bool:
         """See `Machine.promote`."""
+        if ticket == 0:
+            return False
         own = self.tickets[ticket - 1]
         if not self.lanes[own.lane].promote(own):
             return False

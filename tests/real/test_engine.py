@@ -13,7 +13,7 @@ import wild
 from moesim.audit import audit
 from moesim.errors import DeadlockError, PolicyError, RealError
 from moesim.model import GroupedQuery, ModelSpec, expert_bytes
-from moesim.policies.registry import choose
+from moesim.policies.registry import Chosen, choose
 from moesim.profile import HardwareProfile, load_profile, with_overrides
 from moesim.real.dense import blocks_of, draw_ends, draw_layer, params_of
 from moesim.real.emulated import Emulated, Throttle
@@ -21,14 +21,14 @@ from moesim.real.engine import Engine
 from moesim.real.forward import Forward
 from moesim.real.reference import Reference, reference
 from moesim.real.torch_machine import TorchMachine
-from moesim.real.weights import Slot, unpack
+from moesim.real.weights import Slot, neurons, unpack
 from moesim.residency import Residency, free_slot
 from moesim.run import Prepared, prepare
 from moesim.sim.replay import Replayed
 from moesim.traces.format import Trace
 from moesim.traces.synthetic import synthesize
 from moesim.traces.workload import cut
-from moesim.types import BITS, EXPERT_CPU, EXPERT_GPU, WHOLE
+from moesim.types import BITS, CPU, EXPERT_CPU, EXPERT_GPU, WHOLE
 
 MODEL = ModelSpec(
     name="tiny", model_type="mixtral", hidden_layers=4, layer_ids=(0, 1, 2, 3), experts=8, top_k=2,
@@ -84,7 +84,11 @@ def expected(engine: Engine, run: Replayed, forward: Any) -> Reference:
     assert engine.experts is not None
     experts = engine.experts
     ran = log.operations[np.isin(log.operations["kind"], (EXPERT_GPU, EXPERT_CPU))]
-    bits = {(int(o["step"]), int(o["layer"]), int(o["expert"])): BITS[o["precision"]] for o in ran}
+    pieces: dict[tuple[int, int, int], set[tuple[int, int, int]]] = {}
+    for o in ran:
+        start = int(o["context"]) if o["kind"] == EXPERT_GPU else 0
+        key = int(o["step"]), int(o["layer"]), int(o["expert"])
+        pieces.setdefault(key, set()).add((start, int(o["part"]), BITS[o["precision"]]))
     deferred = {
         (int(o["step"]), int(o["layer"]), int(o["expert"]))
         for o in ran
@@ -92,9 +96,15 @@ def expected(engine: Engine, run: Replayed, forward: Any) -> Reference:
     }
 
     def expert_of(step: int, layer: int, expert: int) -> tuple[Any, Any]:
-        own = bits[step, layer, expert]
-        gate, up, down = unpack(experts.image(layer, expert, own), experts.shape, own)
-        return torch.cat([gate, up]), down
+        """Return the neurons of each piece in the precision in which it ran."""
+        found = []
+        for start, part, bits in sorted(pieces[step, layer, expert]):
+            image = experts.image_at_once(layer, expert, bits)
+            own = slice(*neurons(MODEL.expert_width, start, part))
+            gate, up, down = unpack(image, experts.shape, bits)
+            found.append((gate[own], up[own], down[:, own]))
+        gates, ups, downs = zip(*found, strict=True)
+        return torch.cat([*gates, *ups]), torch.cat(downs, 1)
 
     blocks = [
         blocks_of(MODEL, i, draw_layer(MODEL, i, SEED, torch.empty(params_of(MODEL, i)).bfloat16()))
@@ -277,3 +287,43 @@ def test_what_never_comes_is_named(
 ) -> None:
     with pytest.raises(DeadlockError, match=r"ticket \d+ \(\w+, layer \d.*never came"):
         engine.run(lambda: prepared(trace, profile, "on-demand"), warm_up=0, watch=stuck)
+
+
+# Whatever is legal.
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_policy_that_orders_anything_legal(
+    engine: Engine, trace: Trace, profile: HardwareProfile, seed: int
+) -> None:
+    """Parts, precisions, groups of batches, disk, keys and values on the host, cancelled copies.
+
+    With attention on the CPU nothing can be predicted there before the gate, and some order that.
+    """
+    chosen = Chosen("wild", wild.Wild, {})
+    forwards: list[Forward] = []
+    seen = Seen()
+
+    def watch(step: int, forward: Forward) -> None:
+        seen(step, forward)
+        forwards[:] = [forward]
+
+    def make() -> Prepared:
+        return prepare(
+            trace, cut(trace, batch=SEQUENCES), MODEL, profile, chosen,
+            budget_bytes=14 * expert_bytes(MODEL), seed=seed,
+        )  # fmt: skip
+
+    placement = make().placement
+    early = any(p.lane == CPU and not p.after_gate for p in placement.predictions)
+    if placement.attention_on_cpu and early:
+        with pytest.raises(RealError, match="nothing can be predicted there before the gate"):
+            engine.run(make, warm_up=0)
+        return
+    run = engine.run(make, warm_up=0, watch=watch)
+    assert run.log is not None
+    audit(run.log)
+    truth = expected(engine, run, forwards[0])
+    for mine, theirs in zip(seen.streams, truth.streams, strict=True):
+        off = (mine.float() - theirs[-1].float()).norm() / theirs[-1].float().norm()
+        assert off < 2 * ROUNDED

@@ -47,6 +47,7 @@ def command(
     Without --layers, as many run as the host has memory for. The policy decides from the hardware
     profile, as it does in `moesim replay`. Needs moesim[torch].
     """
+    from moesim.calibrate.disk import usual_folder
     from moesim.errors import InputError
     from moesim.policies.registry import choose
     from moesim.real.devices import host_room_bytes, open_runner
@@ -63,7 +64,14 @@ def command(
     given = Inputs.load(**inputs, room_bytes=host_room_bytes())
     for line in (*given.notices, *given.prepare(chosen, seed).notices):
         click.echo(f"note: {line}", err=True)
-    engine = Engine(open_runner(device), seed=seed)
+    opened = open_runner(device)
+    if opened.name not in given.profile.gpu.name:
+        click.echo(
+            f"note: the policy decides by the profile of {given.profile.gpu.name}, and"
+            f" {opened.name} runs it; `moesim calibrate` makes a profile of this machine",
+            err=True,
+        )
+    engine = Engine(opened, seed=seed, folder=usual_folder())
     try:
         run = with_progress(
             lambda progress: engine.run(lambda: given.prepare(chosen, seed), progress=progress),

@@ -219,6 +219,7 @@ def measured(
     console: "Console",
 ) -> "Compared":  # fmt: skip
     """Run everything, with a bar that shows the time left."""
+    from moesim.calibrate.disk import usual_folder
     from moesim.real.engine import Engine
     from moesim.real.validate import validate
 
@@ -227,7 +228,7 @@ def measured(
     shown = console.is_terminal
     done = 0
     began = time.monotonic()
-    engine = Engine(device, seed=seed)
+    engine = Engine(device, seed=seed, folder=usual_folder())
     with Bar(console, runs) as bar:
 
         def left_s(share: float) -> float:
