@@ -26,7 +26,7 @@ from moesim.residency import contents
 from moesim.run import Prepared
 from moesim.sim.replay import Replayed, log_of, policy_failure, replay
 from moesim.state import OK, host_error
-from moesim.types import BITS, COPY_IN, EXPERT_GPU, MOVE, WHOLE, as_scalars
+from moesim.types import BITS, COPY_IN, EXPERT_GPU, MOVE, WHOLE, IntArray, as_scalars
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
@@ -171,19 +171,30 @@ class Engine:
                     progress(step + 1, steps)
             machine.drain()
             wall_s = time.perf_counter() - started
-            operations, segments = machine.logged()
-        *heads, drained = totals(operations, segments, machine.waited)
-        return Replayed(
-            prepared=prepared,
-            machine=device.label,
-            heads=tuple(heads),
-            drained=drained,
-            operations=len(operations),
-            preemptions=int((segments["done"] == 0).sum()),
-            paused_ns=0,
-            wall_s=wall_s,
-            log=log_of(prepared, operations, segments, initial, slot_bytes, exact=False),
-        )
+            return replayed(prepared, machine, device.label, initial, slot_bytes, wall_s)
+
+
+def replayed(
+    prepared: Prepared, machine: TorchMachine, label: str, initial: tuple[Contents, ...],
+    slot_bytes: IntArray, wall_s: float,
+) -> Replayed:  # fmt: skip
+    """Return a run that is over as the simulator returns its own; `label` is the device's.
+
+    `initial` and `slot_bytes` are those before the run.
+    """
+    operations, segments = machine.logged()
+    *heads, drained = totals(operations, segments, machine.waited)
+    return Replayed(
+        prepared=prepared,
+        machine=label,
+        heads=tuple(heads),
+        drained=drained,
+        operations=len(operations),
+        preemptions=int((segments["done"] == 0).sum()),
+        paused_ns=0,
+        wall_s=wall_s,
+        log=log_of(prepared, operations, segments, initial, slot_bytes, exact=False),
+    )
 
 
 def walk(machine: TorchMachine, prepared: Prepared, fast: Any, step: int) -> None:

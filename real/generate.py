@@ -10,9 +10,17 @@ import numpy as np
 
 from moesim.errors import InputError, PolicyError, TraceError
 from moesim.model import ModelSpec, spec_to_dict
-from moesim.real.account import totals
 from moesim.real.device import Device
-from moesim.real.engine import WARM_UP_STEPS, Demands, cleared, demands, filled_slots, walk
+from moesim.real.engine import (
+    WARM_UP_STEPS,
+    Demands,
+    cleared,
+    demands,
+    filled_slots,
+    replayed,
+    uncollected,
+    walk,
+)
 from moesim.real.guesses import Guesses, check_live
 from moesim.real.model_forward import ModelForward, check_parts
 from moesim.real.modules import Parts, check_experts, placed, understood
@@ -22,7 +30,7 @@ from moesim.real.weights import Shape
 from moesim.real.works import Works
 from moesim.residency import contents
 from moesim.run import Prepared
-from moesim.sim.replay import Replayed, log_of
+from moesim.sim.replay import Replayed
 from moesim.traces.edit import join
 from moesim.traces.format import MISSING, Trace
 from moesim.traces.recorder.hooks import MeanInputs
@@ -257,7 +265,7 @@ def _run(
     host, feed = prepared.host, prepared.feed
     initial, slot_bytes = contents(host.res), host.res.slot_bytes.copy()
     said: list[list[int]] = [[] for _ in request.prompts]
-    with cleared(device), placed(parts, device):
+    with cleared(device), placed(parts, device), uncollected():
         forward = ModelForward(
             parts, device, feed.steps, np.concatenate([np.asarray(p) for p in request.prompts]),
             temperature=request.temperature, seed=request.seed,
@@ -286,20 +294,8 @@ def _run(
                         on_token(sequence, token, over(said[sequence], request))
         machine.drain()
         wall_s = time.perf_counter() - started
-        operations, segments = machine.logged()
-    *heads, drained = totals(operations, segments, machine.waited)
-    served = cut_off(prepared, steps, [len(own) for own in said])
-    run = Replayed(
-        prepared=served,
-        machine=device.label,
-        heads=tuple(heads),
-        drained=drained,
-        operations=len(operations),
-        preemptions=int((segments["done"] == 0).sum()),
-        paused_ns=0,
-        wall_s=wall_s,
-        log=log_of(served, operations, segments, initial, slot_bytes, exact=False),
-    )
+        served = cut_off(prepared, steps, [len(own) for own in said])
+        run = replayed(served, machine, device.label, initial, slot_bytes, wall_s)
     return Generated(run, tuple(map(tuple, said)), routing(served, request, said))
 
 
