@@ -34,7 +34,20 @@ JUDGES = (
     "tables.py",
 )
 """Files of `calibrate` that do not measure."""
-LANES = ("cuda.py", "devices.py", "emulated.py", "lanes.py", "operations.py")
+LANES = (
+    "caches.py",
+    "cuda.py",
+    "devices.py",
+    "emulated.py",
+    "exchange.py",
+    "lanes.py",
+    "operations.py",
+    "routing.py",
+    "sequences.py",
+    "stream.py",
+    "torch_machine.py",
+    "weights.py",
+)
 """Files of `real` on which something is measured."""
 WALKED = ("host.py", "residency.py", "forecast.py", "state.py", "costs.py")
 """Files of the host program."""

@@ -215,10 +215,6 @@ def test_nothing_is_read_that_was_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Slots given up are full of what is no number, and the outputs stay right."""
-    try:
-        prepared(trace, profile, spec, slots)
-    except PolicyError:
-        pytest.skip("the policy needs more")
     poisoner = Poisoner(monkeypatch)
     _, off = compared(engine, trace, profile, spec, slots)
     assert max(off) < ROUNDED
@@ -292,7 +288,7 @@ def test_what_never_comes_is_named(
 # Whatever is legal.
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(300))
 def test_a_policy_that_orders_anything_legal(
     engine: Engine, trace: Trace, profile: HardwareProfile, seed: int
 ) -> None:
@@ -326,4 +322,4 @@ def test_a_policy_that_orders_anything_legal(
     truth = expected(engine, run, forwards[0])
     for mine, theirs in zip(seen.streams, truth.streams, strict=True):
         off = (mine.float() - theirs[-1].float()).norm() / theirs[-1].float().norm()
-        assert off < 2 * ROUNDED
+        assert off < ROUNDED
