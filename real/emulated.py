@@ -16,6 +16,8 @@ from moesim.real.lanes import Lane
 
 SPIN_NS = 40_000
 """Sleeping overshoots by some 20 us; the rest is waited for in a loop."""
+NEXT_NS = 5_000
+"""What a lane needs at most to take up a copy that was queued behind another one."""
 PR_SET_TIMERSLACK = 29
 """Of prctl(2): for the calling thread, in ns."""
 
@@ -85,10 +87,17 @@ class Emulated:
         self.taken_bytes = min(self.taken_bytes, but)
 
     def copy(self, target: Any, source: Any) -> None:
-        """Copy between host and device memory, not faster than the link; runs on a lane."""
-        start = time.perf_counter_ns()
+        """Copy between host and device memory, not faster than the link; runs on a lane.
+
+        A link begins the next copy when the last one is over, not when its lane has noticed.
+        """
+        begun_ns = time.perf_counter_ns()
+        over_ns = getattr(_link, "over_ns", 0)
+        if begun_ns - over_ns < NEXT_NS:
+            begun_ns = over_ns
         target.copy_(source)
-        wait_until(start + self.link.ns(source.numel() * source.element_size()))
+        _link.over_ns = begun_ns + self.link.ns(source.numel() * source.element_size())
+        wait_until(_link.over_ns)
 
     def close(self) -> None:
         """Finish what is queued."""
@@ -116,3 +125,4 @@ def wake_precisely() -> None:
 
 
 _precise = threading.local()
+_link = threading.local()
