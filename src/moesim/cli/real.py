@@ -5,8 +5,17 @@ from typing import Any
 
 import click
 
-from moesim.cli.common import check_output, print_json
-from moesim.cli.replay import Inputs, run_options, show, with_progress, write_csv
+from moesim.cli.common import print_json
+from moesim.cli.replay import (
+    Inputs,
+    check_outputs,
+    output_options,
+    policy_option,
+    run_options,
+    show,
+    with_progress,
+    write_outputs,
+)
 
 DEVICE_HELP = (
     "What computes: cuda, or emulated, the processor in the place of a GPU; with options, as "
@@ -15,28 +24,11 @@ DEVICE_HELP = (
 
 
 @click.command()
-@click.option(
-    "--policy",
-    default="dali",
-    show_default=True,
-    metavar="NAME[:KEY=VALUE,...]",
-    help="A policy and its parameters; `moesim policies` lists them.",
-)
+@policy_option
 @run_options
 @click.option("--device", metavar="DEVICE[:KEY=VALUE,...]", help=DEVICE_HELP)
 @click.option("--seed", type=click.IntRange(0, (1 << 31) - 1), default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
-@click.option(
-    "--timeline",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write a Chrome trace for Perfetto (.json or .json.gz).",
-)
-@click.option(
-    "--csv",
-    "csv_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write one row per step.",
-)
+@output_options
 def command(
     policy: str, device: str | None, seed: int, as_json: bool,
     timeline: Path | None, csv_path: Path | None, **inputs: Any,
@@ -48,19 +40,13 @@ def command(
     profile, as it does in `moesim replay`. Needs moesim[torch].
     """
     from moesim.calibrate.disk import usual_folder
-    from moesim.errors import InputError
     from moesim.policies.registry import choose
     from moesim.real.devices import host_room_bytes, open_runner
     from moesim.real.engine import Engine
     from moesim.sim.metrics import summarize
 
     chosen = choose(policy)
-    outputs = [path for path in (timeline, csv_path) if path is not None]
-    for path in outputs:
-        check_output(path)
-    taken = [path.resolve() for path in (*outputs, *filter(None, [inputs["trace"]]))]
-    if len(set(taken)) < len(taken):
-        raise InputError("TRACE, --timeline and --csv must be different files")
+    check_outputs(inputs["trace"], timeline, csv_path)
     given = Inputs.load(**inputs, room_bytes=host_room_bytes())
     for line in (*given.notices, *given.prepare(chosen, seed).notices):
         click.echo(f"note: {line}", err=True)
@@ -79,12 +65,7 @@ def command(
         )
     finally:
         engine.close()
-    if timeline is not None:
-        from moesim.sim.timeline import write_timeline
-
-        write_timeline(run, timeline)
-    if csv_path is not None:
-        write_csv(run, csv_path)
+    write_outputs(run, timeline, csv_path)
     result = summarize(run)
     if as_json:
         print_json(result)

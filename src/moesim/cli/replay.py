@@ -94,6 +94,37 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+policy_option = click.option(
+    "--policy",
+    default="dali",
+    show_default=True,
+    metavar="NAME[:KEY=VALUE,...]",
+    help="A policy and its parameters; `moesim policies` lists them.",
+)
+OUTPUT_OPTIONS = (
+    click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout."),
+    click.option(
+        "--timeline",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Write a Chrome trace for Perfetto (.json or .json.gz).",
+    ),
+    click.option(
+        "--csv",
+        "csv_path",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Write one row per step.",
+    ),
+)
+"""Where the results of one run go; see `check_outputs` and `write_outputs`."""
+
+
+def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of OUTPUT_OPTIONS."""
+    for option in reversed(OUTPUT_OPTIONS):
+        function = option(function)
+    return function
+
+
 class Inputs(NamedTuple):
     """What the options of RUN_OPTIONS name, loaded."""
 
@@ -153,13 +184,7 @@ class Inputs(NamedTuple):
 
 
 @click.command()
-@click.option(
-    "--policy",
-    default="dali",
-    show_default=True,
-    metavar="NAME[:KEY=VALUE,...]",
-    help="A policy and its parameters; `moesim policies` lists them.",
-)
+@policy_option
 @run_options
 @click.option(
     "--machine",
@@ -182,18 +207,7 @@ class Inputs(NamedTuple):
     is_flag=True,
     help="Replay on-demand and oracle, too, and say how far from one to the other the policy gets.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout.")
-@click.option(
-    "--timeline",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write a Chrome trace for Perfetto (.json or .json.gz).",
-)
-@click.option(
-    "--csv",
-    "csv_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write one row per step.",
-)
+@output_options
 def command(
     policy: str,
     machine: str,
@@ -209,19 +223,13 @@ def command(
 
     Without TRACE, the example that ships with moesim.
     """
-    from moesim.errors import InputError
     from moesim.policies.registry import choose
     from moesim.sim.engine import machine_for
     from moesim.sim.metrics import share_of_gain, summarize
     from moesim.sim.replay import replay
 
     chosen = choose(policy)
-    outputs = [path for path in (timeline, csv_path) if path is not None]
-    for path in outputs:
-        check_output(path)
-    taken = [path.resolve() for path in (*outputs, *filter(None, [inputs["trace"]]))]
-    if len(set(taken)) < len(taken):
-        raise InputError("TRACE, --timeline and --csv must be different files")
+    check_outputs(inputs["trace"], timeline, csv_path)
     given = Inputs.load(**inputs)
     prepared = given.prepare(chosen, seed)
     for line in (*given.notices, *prepared.notices):
@@ -239,12 +247,7 @@ def command(
         replay(other, machine=machine_for(other, wanted, lambda _: None), seed=seed, jitter=stretch)
         for other in references
     ]
-    if timeline is not None:
-        from moesim.sim.timeline import write_timeline
-
-        write_timeline(run, timeline)
-    if csv_path is not None:
-        write_csv(run, csv_path)
+    write_outputs(run, timeline, csv_path)
     result = summarize(run)
     if share:
         on_demand_ns, oracle_ns = (other.heads[-1].now_ns for other in others)
@@ -362,6 +365,28 @@ def with_progress(work: Any, what: str = "replaying") -> "Replayed":
         task = bar.add_task(what, total=None)
         run = work(lambda done, total: bar.update(task, completed=done, total=total))
     return run
+
+
+def check_outputs(trace: Path | None, timeline: Path | None, csv_path: Path | None) -> None:
+    """Raise InputError for files that cannot be written, or that are the same one."""
+    from moesim.errors import InputError
+
+    outputs = [path for path in (timeline, csv_path) if path is not None]
+    for path in outputs:
+        check_output(path)
+    taken = [path.resolve() for path in (*outputs, *filter(None, [trace]))]
+    if len(set(taken)) < len(taken):
+        raise InputError("TRACE, --timeline and --csv must be different files")
+
+
+def write_outputs(run: "Replayed", timeline: Path | None, csv_path: Path | None) -> None:
+    """Write the files that were asked for."""
+    if timeline is not None:
+        from moesim.sim.timeline import write_timeline
+
+        write_timeline(run, timeline)
+    if csv_path is not None:
+        write_csv(run, csv_path)
 
 
 def write_csv(run: "Replayed", path: Path) -> None:
