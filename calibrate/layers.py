@@ -15,6 +15,8 @@ from moesim.calibrate.sweeps import Call, Size, copies, grid, noise, placed, swe
 from moesim.model import ModelSpec
 from moesim.real import operations
 
+QUICK_TOKENS = grid([1 << k for k in range(9)], [12, 48, 192])
+"""Closer than those of experts: small operations change their kernels in between."""
 SEQUENCES = grid([1, 4, 16, 64], [8, 32])
 QUICK_SEQUENCES = grid([1, 8, 32], [16])
 
@@ -26,7 +28,7 @@ def tasks(bench: Bench, models: Sequence[ModelSpec]) -> list[Task]:
     """
     if "gpu" not in bench.device.lanes:
         return []
-    tokens = experts.QUICK_TOKENS if bench.quick else experts.TOKENS
+    tokens = QUICK_TOKENS if bench.quick else experts.TOKENS
     sequences = QUICK_SEQUENCES if bench.quick else SEQUENCES
     found: dict[str, Task] = {}
 

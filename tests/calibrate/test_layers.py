@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.calibrate import attention, experts, layers, sweeps
+from moesim.calibrate import attention, layers, sweeps
 from moesim.calibrate.attention import judged, prompt_pairs
 from moesim.calibrate.series import Bench, Point, Series
 from moesim.calibrate.sweeps import Size
@@ -70,7 +70,7 @@ def test_every_task_measures_what_its_name_says(bench: Bench) -> None:
         assert [p.at for p in found.points] == sorted({p.at for p in found.points})
         assert any(not p.held_out for p in found.points)
         if found.unit == "tokens" and "stopped" not in found.facts:
-            sizes = layers.QUICK_SEQUENCES if "head" in task.name else experts.QUICK_TOKENS
+            sizes = layers.QUICK_SEQUENCES if "head" in task.name else layers.QUICK_TOKENS
             assert [(p.at, p.held_out) for p in found.points] == [tuple(size) for size in sizes]
             assert task.seconds == sweeps.PASSES * LIMITS.seconds * len(sizes)
         if "combine" not in task.name:
