@@ -4,7 +4,8 @@ Every set of lanes works together for a while, each lane on operations of real s
 `gpu` and `cpu`, copies of one expert on `h2d` and `d2h`, reads past the page cache on `disk`. Of
 those only operations count that lie wholly inside the time in which all lanes of the set were busy.
 Before and after, each lane works alone, and the mean of the two is what it is compared with, so
-that a drift of the machine cancels. A factor is the time alone over the time together.
+that a drift of the machine cancels. A factor is the mean time alone over the mean time together:
+with more busy lanes than cores most operations run as ever, and a few stand still for long.
 
 Series are named `interference/<hidden>x<width>/<lanes>`, the lanes joined by `+`.
 """
@@ -47,6 +48,8 @@ ALONE_AROUND = 1.5
 """Work is queued for so many times the time that is asked for, so that no lane ends early."""
 TOKENS = 4
 """That an expert computes: few, as in decode, so that it is memory that lanes compete for."""
+CHUNK_BYTES = 1 << 20
+"""That copies are made of."""
 READ_BYTES = 4 << 20
 """Of one read, unless an expert is smaller: a larger one is many of these in a row."""
 
@@ -160,14 +163,14 @@ def measure_set(
     paces = {lane: float(np.median([t.ns for t in warm[lane][0]])) for lane in lanes}
     alone: dict[str, list[float]] = {lane: [] for lane in lanes}
     mixed: dict[str, list[int]] = {lane: [] for lane in lanes}
-    medians: dict[str, list[float]] = {lane: [] for lane in lanes}
+    means: dict[str, list[float]] = {lane: [] for lane in lanes}
     shares = []
 
     def each_alone() -> None:
         for lane in lanes:
             counts = {lane: count_for(paces[lane], seconds / 2)}
             tickets = keep_busy(bench, jobs, [lane], counts)[0]
-            alone[lane].append(float(np.median([t.ns for t in tickets])))
+            alone[lane].append(float(np.mean([t.ns for t in tickets])))
             paces[lane] = alone[lane][-1]
 
     each_alone()
@@ -187,9 +190,9 @@ def measure_set(
         for lane, tickets in zip(lanes, phase, strict=True):
             times = inside(tickets, start, end)
             mixed[lane] += times
-            medians[lane].append(float(np.median(times)))
+            means[lane].append(float(np.mean(times)))
         each_alone()
-    found = {lane: slowed(alone[lane][:-1], medians[lane], alone[lane][1:]) for lane in lanes}
+    found = {lane: slowed(alone[lane][:-1], means[lane], alone[lane][1:]) for lane in lanes}
     return set_series(name, lanes, found, alone, mixed, shares, bench.limits)
 
 
@@ -254,7 +257,11 @@ def expert_job(arena: Any, rows: Any, hidden: int, width: int) -> Callable[[], W
 def copy_job(
     bench: Bench, lane: str, host: Any, device: Any, size_bytes: int
 ) -> Callable[[], Work]:
-    """Return what gives the next copy of one expert's bytes over a lane, from slot to slot."""
+    """Return what gives the next copy of one expert's bytes over a lane, from slot to slot.
+
+    It consists of chunks, as that of a background queue does: each of them wakes the lane, which
+    takes processor and Python from the others.
+    """
     of_host = itertools.cycle(range(len(host) // size_bytes))
     of_device = itertools.cycle(range(len(device) // size_bytes))
 
@@ -262,7 +269,8 @@ def copy_job(
         here, there = next(of_host) * size_bytes, next(of_device) * size_bytes
         on_host, on_device = host[here : here + size_bytes], device[there : there + size_bytes]
         pair = (on_device, on_host) if lane == "h2d" else (on_host, on_device)
-        return partial(bench.device.copy, *pair)
+        chunks = zip(*(end.split(CHUNK_BYTES) for end in pair), strict=True)
+        return lambda: [partial(bench.device.copy, *chunk) for chunk in chunks]
 
     return following
 
@@ -330,6 +338,7 @@ def series(bench: Bench, lanes: Sequence[str], hidden: int, width: int) -> Serie
     """
     jobs = dict(real_jobs(bench, lanes, hidden, width))
     facts: dict[str, float | str] = {"hidden": hidden, "width": width, "tokens": TOKENS}
+    facts["chunk_bytes"] = CHUNK_BYTES
     name = series_name(lanes, hidden, width)
     with ExitStack() as stack:
         if "disk" in lanes:

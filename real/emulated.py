@@ -12,7 +12,7 @@ import time
 from typing import Any, NamedTuple
 
 from moesim.errors import CalibrationError
-from moesim.real.lanes import Lane
+from moesim.real.lanes import Lane, Ticket
 
 SPIN_NS = 40_000
 """Sleeping overshoots by some 20 us; the rest is waited for in a loop."""
@@ -33,6 +33,52 @@ class Throttle(NamedTuple):
         return self.latency_ns + round(size_bytes * 1e9 / self.bytes_per_s)
 
 
+class Link(Lane):
+    """A direction of the link. An operation is one transfer, whatever pieces it is copied in.
+
+    It begins when the one before is over, not when the lane has noticed that, and its copies are
+    over when the link has passed their bytes. Between two pieces the lane need not be on time: what
+    it hands over a little early or late, the link has in a queue.
+    """
+
+    def __init__(self, name: str, throttle: Throttle) -> None:
+        """Start the thread."""
+        self.throttle = throttle
+        self.over_ns = 0
+        """When all that was handed to it is over."""
+        self._start_ns = 0
+        self._new = self._resumed = False
+        super().__init__(name)
+
+    def begin(self, ticket: Ticket) -> None:
+        """See `Lane`."""
+        _here.link = self
+        self._new, self._resumed = True, bool(ticket.stretches)
+        super().begin(ticket)
+        self._start_ns = ticket.stretches[-1][0]
+
+    def passed(self, size_bytes: int) -> None:
+        """Note that bytes were copied, and sleep until shortly before the link is done.
+
+        The first ones of an operation begin with it, and have a latency unless it was interrupted.
+        """
+        if self._new:
+            if self._start_ns - self.over_ns >= NEXT_NS:
+                self.over_ns = self._start_ns
+            if not self._resumed:
+                self.over_ns += self.throttle.latency_ns
+            self._new = False
+        self.over_ns += self.throttle.ns(size_bytes) - self.throttle.latency_ns
+        wake_precisely()
+        if (left := self.over_ns - SPIN_NS - time.perf_counter_ns()) > 0:
+            time.sleep(left / 1e9)
+
+    def end(self, ticket: Ticket) -> None:
+        """See `Lane`; not before the link is done."""
+        wait_until(self.over_ns)
+        super().end(ticket)
+
+
 class Emulated:
     """The device; `link` throttles copies in both directions, each on a lane of its own.
 
@@ -51,8 +97,8 @@ class Emulated:
         self.lanes = {
             "gpu": Lane("gpu", gpu_threads),
             "cpu": Lane("cpu", cpu_threads),
-            "h2d": Lane("h2d"),
-            "d2h": Lane("d2h"),
+            "h2d": Link("h2d", link),
+            "d2h": Link("d2h", link),
             "disk": Lane("disk"),
         }
         self.taken_bytes = 0
@@ -87,17 +133,9 @@ class Emulated:
         self.taken_bytes = min(self.taken_bytes, but)
 
     def copy(self, target: Any, source: Any) -> None:
-        """Copy between host and device memory, not faster than the link; runs on a lane.
-
-        A link begins the next copy when the last one is over, not when its lane has noticed.
-        """
-        begun_ns = time.perf_counter_ns()
-        over_ns = getattr(_link, "over_ns", 0)
-        if begun_ns - over_ns < NEXT_NS:
-            begun_ns = over_ns
+        """Copy between host and device memory; runs on a lane of the link."""
         target.copy_(source)
-        _link.over_ns = begun_ns + self.link.ns(source.numel() * source.element_size())
-        wait_until(_link.over_ns)
+        _here.link.passed(source.numel() * source.element_size())
 
     def close(self) -> None:
         """Finish what is queued."""
@@ -125,4 +163,4 @@ def wake_precisely() -> None:
 
 
 _precise = threading.local()
-_link = threading.local()
+_here = threading.local()

@@ -3,14 +3,15 @@
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
 from moesim.errors import CalibrationError
-from moesim.real.emulated import Emulated, Throttle, wait_until
-from moesim.real.lanes import BACKGROUND, URGENT, Lane, Ticket, overlap_ns
+from moesim.real.emulated import NEXT_NS, Emulated, Throttle, wait_until
+from moesim.real.lanes import BACKGROUND, URGENT, Lane, Ticket, back_to_back, overlap_ns
 
 
 def test_a_lane_does_one_after_the_other_in_order() -> None:
@@ -248,6 +249,45 @@ def test_a_copy_takes_no_less_than_the_link_allows(device: Emulated) -> None:
     copy = device.lanes["h2d"].submit(lambda: device.copy(target, source)).wait()
     assert copy.ns >= 1000 + (1 << 16)
     assert (target == source).all()
+    device.close()
+
+
+class Clock:
+    """Goes on by 50 ns at each reading, and by what is slept."""
+
+    now = 0
+
+    def perf_counter_ns(self) -> int:
+        self.now += 50
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += round(seconds * 1e9)
+
+
+def test_an_operation_is_one_transfer_whatever_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 ns, and 1 ns per byte: 4,000 bytes take 5,000 ns in one piece as in four.
+
+    What follows at once begins when the link is done; what copies nothing does not occupy it.
+    """
+    clock = Clock()
+    monkeypatch.setattr("moesim.real.lanes.time", clock)
+    monkeypatch.setattr("moesim.real.emulated.time", clock)
+    monkeypatch.setattr("moesim.real.emulated.SPIN_NS", 0)
+    device = Emulated(1 << 20, Throttle(latency_ns=1000, bytes_per_s=1e9))
+    source = torch.arange(4000, dtype=torch.int16).view(torch.uint8)[:4000]
+    target = device.empty(4000, dtype=torch.uint8)
+    whole = partial(device.copy, target, source)
+    parts = [
+        partial(device.copy, new, old)
+        for new, old in zip(target.split(1000), source.split(1000), strict=True)
+    ]
+    lane = device.lanes["h2d"]
+    first, second, third = back_to_back(lane, [whole, lambda: parts, whole])
+    assert (target == source).all()
+    for ticket in (first, second, third):
+        assert 0 <= 5000 - ticket.ns < NEXT_NS
+    assert third.end_ns - first.start_ns == pytest.approx(15_000, abs=NEXT_NS)
     device.close()
 
 
