@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moesim.costs import stretched
 from moesim.log import Log
 from moesim.run import Prepared
 from moesim.sim.metrics import TIMES, link_bytes, summarize
@@ -20,31 +21,9 @@ from moesim.sim.simpy_machine import SimpyMachine
 from moesim.sim.timeline import timeline
 from moesim.state import OK, host_error
 from moesim.types import (
-    ATTENTION,
-    ATTENTION_CPU,
-    COMBINE,
-    COPY_IN,
-    D2H,
-    DENSE_IN,
-    DISK,
-    DISK_READ,
-    EXPERT_CPU,
-    EXPERT_GPU,
-    GATE,
     GPU,
-    H2D,
-    HEAD,
     KINDS,
-    KV_IN,
-    KV_OUT,
     LANE_OF_QUEUE,
-    MOVE,
-    PREDICT,
-    RESIZE,
-    RETURN,
-    SEND,
-    SHARED,
-    IntArray,
     as_scalars,
 )
 
@@ -61,29 +40,6 @@ COPIED = {"demand", "prefetch"}
 """Causes of copies that move bytes to each other when a prefetch is taken back in time."""
 MEASURED, SIMULATED = 0, 1
 """Process ids of a timeline of both."""
-LANE_OF_COPY = {
-    COPY_IN: H2D,
-    RETURN: H2D,
-    KV_IN: H2D,
-    DENSE_IN: H2D,
-    SEND: D2H,
-    KV_OUT: D2H,
-    DISK_READ: DISK,
-    MOVE: GPU,
-    RESIZE: GPU,
-}
-TABLES = {
-    ATTENTION: ("attention_ns", "context_fp", "dense_ns"),
-    GATE: ("gate_ns",),
-    PREDICT: ("gate_ns",),
-    SHARED: ("shared_ns",),
-    EXPERT_GPU: ("expert_gpu_ns",),
-    COMBINE: ("combine_ns",),
-    HEAD: ("head_ns",),
-    EXPERT_CPU: ("expert_cpu_ns",),
-    ATTENTION_CPU: ("cpu_attention_ns", "cpu_context_fp"),
-}
-"""Fields of `costs.Costs` that say how long a kind takes that copies nothing."""
 
 
 class Spent(NamedTuple):
@@ -409,22 +365,6 @@ class Altered(SimpyMachine):
         """See `Machine.submit`."""
         self.costs = self.altered.get(kind, self.plain)
         return super().submit(queue, kind, *rest)
-
-
-def stretched(costs: Any, kind: int, factor: float) -> Any:
-    """Return costs with the numbers of one kind stretched."""
-
-    def scaled(values: IntArray | int) -> Any:
-        found = np.round(np.asarray(values) * factor).astype(np.int64)
-        return int(found) if isinstance(values, int) else np.ascontiguousarray(found)
-
-    if kind in LANE_OF_COPY:
-        copies = costs.copies.copy()
-        lane = LANE_OF_COPY[kind]
-        copies[lane, :, 1] = scaled(copies[lane, :, 1])
-        copies[lane, :, 2] = np.maximum(1, np.round(copies[lane, :, 2] / factor))
-        return costs._replace(copies=copies)
-    return costs._replace(**{name: scaled(getattr(costs, name)) for name in TABLES[kind]})
 
 
 def alternatives(

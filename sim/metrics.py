@@ -62,7 +62,8 @@ def summarize(run: Replayed) -> dict[str, Any]:
     prepared = run.prepared
     last = run.heads[-1]
     latency = latencies(run)
-    counts = np.asarray(prepared.host.counts)
+    by_layer = np.asarray(prepared.host.counts)
+    counts = by_layer.sum(axis=0)
     counters = np.asarray(prepared.host.res.counters)
     outcomes = {name: int(counts[:, i, 0].sum()) for i, name in enumerate(OUTCOMES)}
     prefetched = int(counters[PREFETCHED])
@@ -81,6 +82,7 @@ def summarize(run: Replayed) -> dict[str, Any]:
         },
         "hit_rate": hit_rate(counts[1, :, 0]),
         "hit_rate_by_token": hit_rate(counts[1, :, 1]),
+        "hit_rate_by_layer": [hit_rate(row) for row in by_layer[:, 1, :, 0]],
         "hit_rate_prefill": hit_rate(counts[0, :, 0]),
         "link_bytes": link_bytes(last),
         "drained_bytes": sum(link_bytes(run.drained).values()) - sum(link_bytes(last).values()),

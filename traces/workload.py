@@ -36,6 +36,11 @@ class Workload(msgspec.Struct, frozen=True, eq=False, kw_only=True):
         """Tokens that each sequence generates (sequences,)."""
         return np.diff(self.starts) - self.prompts + 1
 
+    @property
+    def step_tokens(self) -> int:
+        """The most tokens of a step: all prompts together, or one of each sequence."""
+        return max(int(self.prompts.sum()), self.sequences)
+
     def prompt_rows(self, sequence: int) -> IntArray:
         """Return the trace rows of a sequence's prompt."""
         start = self.starts[sequence]

@@ -199,11 +199,11 @@ def runnable(host: Host, hook: int, expert: int) -> int:
     return OK
 
 
-def count_outcome(host: Host, expert: int, outcome: int) -> None:
+def count_outcome(host: Host, layer: int, expert: int, outcome: int) -> None:
     """Count an activation, once by expert and once for each of its tokens."""
     phase = host.forecast.clock[PHASE]
-    host.counts[phase, outcome, 0] += 1
-    host.counts[phase, outcome, 1] += host.loads[expert]
+    host.counts[layer, phase, outcome, 0] += 1
+    host.counts[layer, phase, outcome, 1] += host.loads[expert]
 
 
 def launch_piece(
@@ -251,7 +251,7 @@ def run_on_gpu(machine: Machine, host: Host, hook: int, layer: int, expert: int,
     if piece != FIRST and host.ran[expert] < WHOLE:
         rule = run_rest(machine, host, layer, expert)
     if host.ran[expert] == WHOLE:
-        count_outcome(host, expert, host.outcome[expert])
+        count_outcome(host, layer, expert, host.outcome[expert])
     return rule
 
 
@@ -316,7 +316,7 @@ def run_on_cpu(machine: Machine, host: Host, hook: int, layer: int, expert: int,
     s[COMPUTED_DEFERRED if deferred else COMPUTED] = ticket
     host.computed[expert] = ticket
     host.ran[expert] = WHOLE
-    count_outcome(host, expert, ON_CPU)
+    count_outcome(host, layer, expert, ON_CPU)
     if host.host_computes:
         await_ticket(machine, host.forecast, ticket)
     return OK

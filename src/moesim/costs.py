@@ -6,7 +6,7 @@ it, and the host's own forecast does. Calibrated floats become ns here, once, ro
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -79,6 +79,31 @@ NO_LINE = 1 << 62
 MAX_BYTES_PER_MS = 1 << 50
 MAX_TOKENS = 1 << 22
 """The most that one operation may have: a bound on memory, not on machines."""
+
+
+LANE_OF_COPY = {
+    COPY_IN: H2D,
+    RETURN: H2D,
+    KV_IN: H2D,
+    DENSE_IN: H2D,
+    SEND: D2H,
+    KV_OUT: D2H,
+    DISK_READ: DISK,
+    MOVE: GPU,
+    RESIZE: GPU,
+}
+TABLES_OF = {
+    ATTENTION: ("attention_ns", "context_fp", "dense_ns"),
+    GATE: ("gate_ns",),
+    PREDICT: ("gate_ns",),
+    SHARED: ("shared_ns",),
+    EXPERT_GPU: ("expert_gpu_ns",),
+    COMBINE: ("combine_ns",),
+    HEAD: ("head_ns",),
+    EXPERT_CPU: ("expert_cpu_ns",),
+    ATTENTION_CPU: ("cpu_attention_ns", "cpu_context_fp"),
+}
+"""Fields of `Costs` that say how long a kind takes that copies nothing."""
 
 
 class Costs(NamedTuple):
@@ -501,3 +526,19 @@ def _between(origin: Provenance) -> int:
 def _measured(origin: Provenance) -> int:
     """Return the source of a number that is the section's own."""
     return MEASURED if origin.source == "measured" else DATASHEET
+
+
+def stretched(costs: Costs, kind: int, factor: float) -> Costs:
+    """Return costs with the numbers of one kind stretched; of a copy, those of its lane."""
+
+    def scaled(values: IntArray | int) -> Any:
+        found = np.round(np.asarray(values) * factor).astype(np.int64)
+        return int(found) if isinstance(values, int) else np.ascontiguousarray(found)
+
+    if kind in LANE_OF_COPY:
+        copies = costs.copies.copy()
+        lane = LANE_OF_COPY[kind]
+        copies[lane, :, 1] = scaled(copies[lane, :, 1])
+        copies[lane, :, 2] = np.maximum(1, np.round(copies[lane, :, 2] / factor))
+        return costs._replace(copies=copies)
+    return costs._replace(**{name: scaled(getattr(costs, name)) for name in TABLES_OF[kind]})

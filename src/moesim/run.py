@@ -101,9 +101,8 @@ def prepare(
     InputError or PolicyError for what does not fit together.
     """
     check_fit(trace, model)
-    step_tokens = max(int(workload.prompts.sum()), workload.sequences)
     if costs is None:
-        costs = build_costs(model, profile, step_tokens, workload.sequences)
+        costs = build_costs(model, profile, workload.step_tokens, workload.sequences)
     precision = BITS.index(bits)
     check_budget(budget_bytes, model, bits, int(costs.expert_bytes[:, precision].max()))
     counts = np.zeros((model.layers, model.experts), np.int64)
@@ -117,7 +116,7 @@ def prepare(
         precision=precision,
         costs=costs,
         sequences=workload.sequences,
-        step_tokens=step_tokens,
+        step_tokens=workload.step_tokens,
         popularity=counts,
         seed=seed,
         gpu_memory_bytes=profile.gpu.memory_bytes,
@@ -328,7 +327,7 @@ def new_host(
         ran=zeros(experts),
         computed=zeros(experts),
         outcome=zeros(experts),
-        counts=zeros(len(PHASES), len(OUTCOMES), 2),
+        counts=zeros(layers, len(PHASES), len(OUTCOMES), 2),
         ids=view.ids,
         weights=view.weights,
         active=view.active,

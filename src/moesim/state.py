@@ -115,7 +115,7 @@ class Host(NamedTuple):
     outcome: IntArray
     """(experts,): of the active experts, when the router's choice was known."""
     counts: IntArray
-    """(phases, outcomes, 2): activations by expert and by token."""
+    """(layers, phases, outcomes, 2): activations by expert and by token."""
     ids: IntArray
     weights: FloatArray
     active: IntArray

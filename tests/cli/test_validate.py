@@ -170,7 +170,7 @@ def test_without_a_profile_the_device_is_calibrated(
         (("--plot", "picture.txt"), "a picture's name ends in .png, .svg, .pdf"),
         (("--timelines", "nowhere/both.json"), "there is no folder"),
         (("--device", "abacus"), "abacus"),
-        (("--budget", "much"), "--budget"),
+        (("--budget", "much"), "budget much"),
         (("--repeats", "0"), "--repeats"),
     ],
 )

@@ -309,7 +309,7 @@ def test_a_correct_guess_moves_the_bottom_or_all(run: Run) -> None:
 def test_without_a_ratio_nothing_is_cached(run: Run) -> None:
     done = run("moepic:theta=0,predictor=oracle", 9)
     assert done.log is not None
-    assert done.prepared.host.counts[:, RESIDENT].sum() == 0
+    assert done.prepared.host.counts.sum(axis=0)[:, RESIDENT].sum() == 0
     copies = done.log.operations[done.log.operations["kind"] == COPY_IN]
     assert (copies["part"] == WHOLE).all()
     assert not done.prepared.host.res.cached.any()
@@ -347,7 +347,7 @@ def test_whole_experts_without_prefetch_are_a_cache_of_least_priority(
                         del held[victim]
                         held[expert] = step
                         order[expert] = max(order.values()) + 1
-    assert done.prepared.host.counts[DECODE, RESIDENT, 0] == hits > 0
+    assert done.prepared.host.counts.sum(axis=0)[DECODE, RESIDENT, 0] == hits > 0
 
 
 def test_a_split_expert_by_hand() -> None:

@@ -75,7 +75,14 @@ def test_nothing_is_kept_and_everything_is_copied_once_per_step(batch: int) -> N
     by_step.insert(0, [at + sequence * each for sequence in range(batch) for at in (0, 1)])
     active = sum(len(set(choices[rows, la].ravel())) for rows in by_step for la in range(2))
     assert len(lab.spans(done, "copy_in")) == active
-    assert done.prepared.host.counts[:, :, 0].sum(axis=0).tolist() == [0, 0, 0, active, 0]
+    counts = done.prepared.host.counts.sum(axis=0)
+    assert counts[:, :, 0].sum(axis=0).tolist() == [
+        0,
+        0,
+        0,
+        active,
+        0,
+    ]
     assert link_bytes(done.heads[-1])["demand"] == active * lab.EXPERT_BYTES
 
 

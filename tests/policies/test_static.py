@@ -222,7 +222,7 @@ def test_experts_run_where_they_are_and_no_weights_move(
     inside = {tuple(map(int, at)) for at in np.argwhere(replayed.prepared.placement.cached)}
     assert on_gpu <= inside
     assert not on_cpu & inside
-    counts = np.asarray(replayed.prepared.host.counts)[:, :, 0].sum(axis=0)
+    counts = np.asarray(replayed.prepared.host.counts)[..., 0].sum(axis=(0, 1))
     used = {name for name, count in zip(OUTCOMES, counts, strict=True) if count}
     assert used == {name for name, ran in (("resident", on_gpu), ("cpu", on_cpu)) if ran}
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moesim.costs import stretched
 from moesim.log import OPERATION, SEGMENT
 from moesim.model import GroupedQuery, ModelSpec, expert_bytes
 from moesim.policies.registry import choose
@@ -24,7 +25,6 @@ from moesim.real.validate import (
     makespan_ns,
     observe,
     ranking,
-    stretched,
     timelines,
     typical,
 )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moesim.cli.common import print_json
-from moesim.cli.replay import Inputs, run_options
+from moesim.cli.replay import run_options
 
 if TYPE_CHECKING:
     from moesim.run import Prepared
@@ -34,6 +34,7 @@ def command(
     Without TRACE, the example that ships with moesim. A bound is no promise: nothing says that a
     policy comes close. Policies that change results are allowed more, by the --allow options.
     """
+    from moesim.answers.inputs import Inputs
     from moesim.policies.registry import choose
     from moesim.sim.bound import bound
 

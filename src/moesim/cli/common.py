@@ -100,14 +100,3 @@ def print_json(value: Any) -> None:
     import json
 
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def size_bytes(text: str) -> int:
-    """Return a size such as 8GiB, 24GB or 1000000 in bytes; raise InputError for anything else."""
-    from moesim.errors import InputError
-    from moesim.sizes import parse_size
-
-    size = parse_size(text)
-    if size is None:
-        raise InputError(f"--budget {text}: write a size of 0 or more, as 8GiB, 24GB or 1000000")
-    return size

@@ -1,17 +1,18 @@
 """`moesim generate`: text from a real model whose experts a policy offloads."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moesim.cli.common import check_output, print_json, setting_pairs
+from moesim.cli.common import check_output, print_json
 from moesim.cli.real import DEVICE_HELP
-from moesim.cli.replay import MACHINE_OPTIONS, SETTINGS, Inputs, budget_of, show
+from moesim.cli.replay import MACHINE_OPTIONS, SETTINGS, show
 
 if TYPE_CHECKING:
+    from moesim.answers.inputs import Inputs
     from moesim.real.generate import Observed, Request
     from moesim.real.modules import Parts
 
@@ -83,7 +84,7 @@ def machine_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def command(
     model: str, policy: str, texts: tuple[str, ...], file: Path | None, max_new_tokens: int,
     temperature: float, hardware: str | None, budget: str | None, cache_ratio: float | None,
-    bits: str, settings: tuple[str, ...], device: str | None, dtype: str,
+    bits: str, settings: Mapping[str, str], device: str | None, dtype: str,
     profile_trace: Path | None, residuals: Path | None, seed: int, output: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
@@ -159,17 +160,18 @@ def command(
 
 def inputs(
     parts: "Parts", request: "Request", observed: "Observed", hardware: str | None,
-    settings: tuple[str, ...], budget: str | None, cache_ratio: float | None, bits: int,
-) -> Inputs:  # fmt: skip
+    settings: Mapping[str, str], budget: str | None, cache_ratio: float | None, bits: int,
+) -> "Inputs":  # fmt: skip
     """Return what is run, as for a trace; raise InputError for what does not exist or fit."""
+    from moesim.answers.inputs import Inputs, budget_of
     from moesim.errors import InputError
     from moesim.profile import load_profile, with_overrides
     from moesim.real.generate import unrouted
 
     if budget is not None and cache_ratio is not None:
-        raise InputError("--budget and --cache-ratio exclude each other")
+        raise InputError("budget and cache ratio exclude each other")
     profile, notice = load_profile(hardware)
-    profile = with_overrides(profile, setting_pairs(settings))
+    profile = with_overrides(profile, settings)
     trace, workload = unrouted(parts.spec, request, observed)
     size, said = budget_of(parts.spec, profile, workload, budget, cache_ratio, bits)
     kept = "" if parts.bfloat16 else "experts are rounded to bfloat16"

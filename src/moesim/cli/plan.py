@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moesim.cli.common import print_json
-from moesim.cli.replay import Inputs, run_options
+from moesim.cli.replay import run_options
 
 if TYPE_CHECKING:
     from moesim.policies.api import Table
@@ -23,6 +23,7 @@ def command(policy: str, seed: int, as_json: bool, **inputs: Any) -> None:
     from the sequences of the trace that are not replayed; --batch, --prompt and --generate say
     which are. If there are none, it learns from what is left of them.
     """
+    from moesim.answers.inputs import Inputs
     from moesim.errors import InputError, MoesimError, PolicyError
     from moesim.policies.registry import BUILTIN, choose, load_class
 

@@ -7,7 +7,6 @@ import click
 
 from moesim.cli.common import print_json
 from moesim.cli.replay import (
-    Inputs,
     check_outputs,
     output_options,
     policy_option,
@@ -39,6 +38,7 @@ def command(
     Without --layers, as many run as the host has memory for. The policy decides from the hardware
     profile, as it does in `moesim replay`. Needs moesim[torch].
     """
+    from moesim.answers.inputs import Inputs
     from moesim.calibrate.disk import usual_folder
     from moesim.policies.registry import choose
     from moesim.real.devices import host_room_bytes, open_runner

@@ -2,23 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from moesim.cli.common import SHARE, check_output, print_json, setting_pairs, size_bytes
+from moesim.cli.common import SHARE, check_output, print_json, setting_pairs
 
 if TYPE_CHECKING:
-    from moesim.model import ModelSpec
-    from moesim.policies.registry import Chosen
-    from moesim.profile import HardwareProfile
-    from moesim.run import Prepared
     from moesim.sim.replay import Replayed
-    from moesim.traces.format import Trace
-    from moesim.traces.workload import Workload
-
-RESERVE_BYTES = 1 << 30
-"""What the default budget leaves on the GPU for activations and the runtime."""
 
 REFERENCES = ("on-demand", "oracle")
 """The policies that stand for 0 % and 100 % of what can be gained."""
@@ -51,6 +42,7 @@ SETTINGS = click.option(
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
+    callback=lambda _context, _parameter, value: setting_pairs(value),
     help="Change a number of the hardware profile, as link.h2d.bytes_per_s=55e9.",
 )
 
@@ -84,7 +76,7 @@ RUN_OPTIONS = (
     click.option("--repeat", is_flag=True, help="Let tokens of the trace serve several sequences."),
     SETTINGS,
 )
-"""What is run: trace, model, machine, budget and workload; `Inputs.load` takes them."""
+"""What is run: trace, model, machine, budget and workload; `answers.inputs` loads them."""
 
 
 def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,64 +115,6 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(OUTPUT_OPTIONS):
         function = option(function)
     return function
-
-
-class Inputs(NamedTuple):
-    """What the options of RUN_OPTIONS name, loaded."""
-
-    trace: "Trace"
-    workload: "Workload"
-    model: "ModelSpec"
-    profile: "HardwareProfile"
-    budget_bytes: int
-    bits: int
-    notices: tuple[str, ...]
-
-    @classmethod
-    def load(
-        cls, trace: Path | None, model: str | None, hardware: str | None, budget: str | None,
-        cache_ratio: float | None, bits: str, batch: int, prompt: int | None, generate: int | None,
-        start: int, layers: int | None, repeat: bool, settings: tuple[str, ...],
-        room_bytes: int | None = None,
-    ) -> "Inputs":  # fmt: skip
-        """Load what is named; raise InputError for what does not exist or fit.
-
-        Only the first `layers` MoE layers count or, with `room_bytes`, as many as have room there.
-        """
-        from moesim.errors import InputError
-        from moesim.model import first_layers, load_model
-        from moesim.profile import load_profile, with_overrides
-        from moesim.traces.bundled import example_path
-        from moesim.traces.edit import take
-        from moesim.traces.importers import load_trace
-        from moesim.traces.workload import cut
-
-        if budget is not None and cache_ratio is not None:
-            raise InputError("--budget and --cache-ratio exclude each other")
-        profile, notice = load_profile(hardware)
-        profile = with_overrides(profile, setting_pairs(settings))
-        asked = load_model(model) if model is not None else None
-        routing = load_trace(trace or example_path(), spec=asked)
-        spec = model_of(model, routing)
-        said_layers = ""
-        if layers is None and room_bytes is not None:
-            layers, said_layers = layers_in(spec, int(bits), room_bytes)
-        if layers is not None:
-            spec = first_layers(spec, layers)
-            routing = take(routing, layers=(0, int(routing.layer_ids[:layers][-1]) + 1))
-        workload = cut(routing, batch, prompt, generate, start, repeat)
-        size, said = budget_of(spec, profile, workload, budget, cache_ratio, int(bits))
-        notices = tuple(filter(None, (notice, said_layers, said)))
-        return cls(routing, workload, spec, profile, size, int(bits), notices)
-
-    def prepare(self, chosen: "Chosen", seed: int = 0) -> "Prepared":
-        """Return a run of a policy on these inputs."""
-        from moesim.run import prepare
-
-        return prepare(
-            self.trace, self.workload, self.model, self.profile, chosen,
-            budget_bytes=self.budget_bytes, bits=self.bits, seed=seed,
-        )  # fmt: skip
 
 
 @click.command()
@@ -223,6 +157,7 @@ def command(
 
     Without TRACE, the example that ships with moesim.
     """
+    from moesim.answers.inputs import Inputs
     from moesim.policies.registry import choose
     from moesim.sim.engine import machine_for
     from moesim.sim.metrics import share_of_gain, summarize
@@ -260,95 +195,6 @@ def command(
         print_json(result)
     else:
         show(result, run)
-
-
-def model_of(name: str | None, trace: "Trace") -> "ModelSpec":
-    """Return the model asked for, else the one that the trace was recorded from."""
-    from moesim.errors import InputError, ModelError
-    from moesim.model import load_model, model_names, normalised, spec_from_dict
-
-    if name is not None:
-        return load_model(name)
-    if "spec" in trace.meta:
-        try:
-            return spec_from_dict(trace.meta["spec"])
-        except ModelError as error:
-            raise InputError(f"the trace's meta.spec: {error}; use --model") from None
-    names = model_names()
-    recorded = trace.meta.get("model")
-    if not isinstance(recorded, str):
-        raise InputError(
-            f"the trace does not say what model it is of; use --model, there are: "
-            f"{', '.join(names)}, or the path of a config.json"
-        )
-    # Compared as a name only: what a trace says must not lead to a file or folder.
-    plain = normalised(recorded)
-    if plain not in names:
-        raise InputError(
-            f"the trace is of model {recorded!r}, which is unknown; use --model, there are: "
-            f"{', '.join(names)}, or the path of a config.json"
-        )
-    return load_model(plain)
-
-
-def layers_in(spec: "ModelSpec", bits: int, room_bytes: int) -> tuple[int, str]:
-    """Return how many MoE layers' experts have room, and a note if it is not all."""
-    from moesim.errors import InputError
-    from moesim.model import expert_bytes
-
-    layer_bytes = spec.experts * expert_bytes(spec, bits)
-    count = min(spec.layers, room_bytes // layer_bytes)
-    if count < 1:
-        raise InputError(
-            f"the experts of one layer of {spec.name} take {layer_bytes / 2**30:.1f} GiB, and there"
-            f" is room for {room_bytes / 2**30:.1f} GiB"
-        )
-    said = (
-        f"the first {count} of {spec.layers} MoE layers: the host has room for their experts"
-        if count < spec.layers
-        else ""
-    )
-    return count, said
-
-
-def budget_of(
-    spec: "ModelSpec", profile: "HardwareProfile", workload: "Workload", budget: str | None,
-    ratio: float | None, bits: int,
-) -> tuple[int, str]:  # fmt: skip
-    """Return the bytes for experts on the GPU, and a note where the user did not choose them.
-
-    By default what the GPU has left beside everything else of the model in 16 bit, the keys and
-    values of the whole workload, and a reserve; at most one and a half times all experts.
-    """
-    import numpy as np
-
-    from moesim.errors import InputError
-    from moesim.model import expert_bytes, expert_params, kv_bytes_per_token, total_params
-
-    experts = spec.layers * spec.experts
-    one = expert_bytes(spec, bits)
-    if budget is not None:
-        return size_bytes(budget), ""
-    if ratio is not None:
-        return int(ratio * experts * one), ""
-    other = 2 * (total_params(spec) - experts * expert_params(spec))
-    tokens = int(np.diff(workload.starts).sum())
-    kept = tokens * sum(kv_bytes_per_token(spec))
-    left = profile.gpu.memory_bytes - other - kept - RESERVE_BYTES
-    if left < one:
-        raise InputError(
-            f"{profile.gpu.name} has no room for an expert beside {other / 2**30:.1f} GiB of other "
-            f"weights and {kept / 2**30:.1f} GiB of keys and values; say --budget"
-        )
-    left = min(left, experts * one * 3 // 2)
-    share = min(1.0, left / (experts * one))
-    unit, name = (2**30, "GiB") if left >= 2**30 else (2**20, "MiB")
-    said = (
-        f"budget {left / unit:.2f} {name}, {share:.0%} of all experts: what {profile.gpu.name} has"
-    )
-    if share == 1:
-        return left, f"{said}; policies differ where experts do not fit: try --cache-ratio 0.25"
-    return left, f"{said} left"
 
 
 def with_progress(work: Any, what: str = "replaying") -> "Replayed":

@@ -13,11 +13,12 @@ import click
 from moesim.cli.calibrate import DEFAULT_BASE, Bar, check_writable, in_words
 from moesim.cli.common import check_output, print_json
 from moesim.cli.real import DEVICE_HELP
-from moesim.cli.replay import Inputs, run_options
+from moesim.cli.replay import run_options
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moesim.answers.inputs import Inputs
     from moesim.calibrate.facts import Facts
     from moesim.model import ModelSpec
     from moesim.policies.registry import Chosen
@@ -87,6 +88,7 @@ def command(
     """
     from rich.console import Console
 
+    from moesim.answers.inputs import Inputs
     from moesim.calibrate.facts import machine_facts
     from moesim.errors import InputError
     from moesim.real.devices import host_room_bytes, open_runner
@@ -175,7 +177,7 @@ def check_profile(profile: "HardwareProfile", device: "Device") -> None:
         )
 
 
-def precisions_of(given: Inputs, chosen: Sequence["Chosen"], seed: int) -> list[str]:
+def precisions_of(given: "Inputs", chosen: Sequence["Chosen"], seed: int) -> list[str]:
     """Return the precisions of experts that these policies run, as calibration calls them."""
     from moesim.real.engine import demands
 
@@ -215,7 +217,7 @@ def calibrated(
 
 
 def measured(
-    device: "Device", given: Inputs, chosen: Sequence["Chosen"], repeats: int, seed: int,
+    device: "Device", given: "Inputs", chosen: Sequence["Chosen"], repeats: int, seed: int,
     console: "Console",
 ) -> "Compared":  # fmt: skip
     """Run everything, with a bar that shows the time left."""
@@ -263,7 +265,7 @@ def measured(
 
 
 def result_of(
-    compared: "Compared", given: Inputs, device: "Device", repeats: int, before: "Facts",
+    compared: "Compared", given: "Inputs", device: "Device", repeats: int, before: "Facts",
     after: "Facts", notices: list[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Return everything that is found, as JSON has it."""
@@ -306,7 +308,7 @@ def result_of(
 
 
 def write(
-    result: Mapping[str, Any], compared: "Compared", given: Inputs, plot: Path | None,
+    result: Mapping[str, Any], compared: "Compared", given: "Inputs", plot: Path | None,
     timelines: Path | None, evidence: Path | None,
 ) -> None:  # fmt: skip
     """Write the files that are asked for."""

@@ -78,11 +78,13 @@ def command(
 
 def _spec(name: str | None, trace: "Trace") -> "ModelSpec | None":
     """Return the model asked for, else the trace's own, None if it names none that is known."""
-    from moesim.cli.replay import model_of
-    from moesim.model import model_names, normalised
+    from moesim.answers.inputs import model_of
+    from moesim.model import load_model, model_names, normalised
 
+    if name is not None:
+        return load_model(name)
     recorded = trace.meta.get("model")
     known = isinstance(recorded, str) and normalised(recorded) in model_names()
-    if name is None and "spec" not in trace.meta and not known:
+    if "spec" not in trace.meta and not known:
         return None
-    return model_of(name, trace)
+    return model_of(trace)

@@ -1,0 +1,1 @@
+"""Answers made of many replays: comparisons, sweeps, advice, pictures and reports."""

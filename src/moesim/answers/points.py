@@ -1,0 +1,159 @@
+"""One replay by plain values: what comparisons, sweeps and advice are made of.
+
+A point can be written down, sent to another process, and recognised by its digest. What it names is
+loaded once per process. The same point gives the same row wherever it is evaluated, but for
+`run.wall_s`.
+"""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from moesim import __version__
+from moesim.answers.inputs import Inputs, model_of
+from moesim.answers.stretch import stretched_costs, stretched_host
+from moesim.costs import build_costs
+from moesim.model import ModelSpec, load_model, model_digest
+from moesim.policies.registry import choose
+from moesim.profile import HardwareProfile, load_profile, profile_digest
+from moesim.sim.engine import machine_for
+from moesim.sim.metrics import summarize
+from moesim.sim.replay import Replayed, replay
+from moesim.traces.bundled import example_path
+from moesim.traces.format import Trace
+from moesim.traces.importers import load_trace
+
+KEPT = 8
+"""Traces, models and profiles of each kind that a process keeps."""
+
+
+class Point(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """One replay; fields mean what the options of `moesim replay` mean."""
+
+    policy: str = "dali"
+    trace: str | None = None
+    """Path of a trace; None is the one that ships with moesim."""
+    model: str | None = None
+    hardware: str | None = None
+    settings: dict[str, str] = {}
+    """Numbers of the hardware profile that are changed; see `profile.with_overrides`."""
+    stretch: dict[str, float] = {}
+    """Factors on what a section of the machine takes; see `stretch.SECTIONS`."""
+    budget: int | str | None = None
+    cache_ratio: float | None = None
+    bits: int = 16
+    batch: int = 1
+    prompt: int | None = None
+    generate: int | None = None
+    start: int = 0
+    layers: int | None = None
+    repeat: bool = False
+    seed: int = 0
+    jitter: float = 0.0
+    """Operations are stretched at random by up to this share."""
+    machine: str = "auto"
+    """Which of the simulated machines, which give the same result."""
+
+
+class Named(msgspec.Struct, frozen=True):
+    """What a point names, loaded."""
+
+    trace: Trace
+    model: ModelSpec
+    profile: HardwareProfile
+
+
+def named(point: Point) -> Named:
+    """Load what a point names, or take it from what this process keeps.
+
+    Raises MoesimError for what is not there.
+    """
+    path = Path(point.trace) if point.trace is not None else example_path()
+    model = None if point.model is None else kept_model(point.model, changed(point.model))
+    trace = kept_trace(path, changed(path), point.model)
+    profile = kept_profile(point.hardware, changed(point.hardware or ""))
+    return Named(trace, model_of(trace) if model is None else model, profile)
+
+
+def changed(path: Path | str) -> int:
+    """Return when a file was changed, in ns; 0 for what is none."""
+    file = Path(path)
+    return file.stat().st_mtime_ns if file.is_file() else 0
+
+
+@lru_cache(KEPT)
+def kept_trace(path: Path, at_ns: int, model: str | None) -> Trace:
+    """Return the trace of a file as it was at that time."""
+    return load_trace(path, spec=None if model is None else kept_model(model, changed(model)))
+
+
+@lru_cache(KEPT)
+def kept_model(name: str, at_ns: int) -> ModelSpec:
+    """Return a model by name or path."""
+    return load_model(name)
+
+
+@lru_cache(KEPT)
+def kept_profile(name: str | None, at_ns: int) -> HardwareProfile:
+    """Return a machine by name or path; None is this machine's."""
+    return load_profile(name)[0]
+
+
+def digest(point: Point) -> str:
+    """Return 16 hex digits that change with whatever may change the point's row.
+
+    Files count by what they hold. Raises MoesimError for what is not there.
+    """
+    found = named(point)
+    plain = msgspec.structs.replace(
+        point, trace=found.trace.digest(), model=model_digest(found.model),
+        hardware=profile_digest(found.profile), machine="auto",
+    )  # fmt: skip
+    text = msgspec.json.encode((__version__, plain), order="deterministic")
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def inputs_of(point: Point) -> Inputs:
+    """Load what a point is about; raise MoesimError for what is not there or does not fit."""
+    found = named(point)
+    return Inputs.load(
+        found.trace, model=found.model, hardware=stretched_host(found.profile, point.stretch),
+        settings=point.settings, budget=point.budget, cache_ratio=point.cache_ratio,
+        bits=point.bits, batch=point.batch, prompt=point.prompt, generate=point.generate,
+        start=point.start, layers=point.layers, repeat=point.repeat,
+    )  # fmt: skip
+
+
+def run_point(point: Point) -> Replayed:
+    """Replay a point; raise MoesimError for one that cannot be."""
+    chosen = choose(point.policy)
+    given = inputs_of(point)
+    costs = None
+    if point.stretch:
+        work = given.workload
+        costs = build_costs(given.model, given.profile, work.step_tokens, work.sequences)
+        costs = stretched_costs(costs, point.stretch)
+    prepared = given.prepare(chosen, point.seed, costs)
+    machine = machine_for(prepared, point.machine, lambda _: None)
+    return replay(prepared, machine=machine, seed=point.seed, jitter=round(point.jitter * 1024))
+
+
+def row_of(point: Point) -> dict[str, Any]:
+    """Replay a point, and return its results as one flat row; see `flat`."""
+    return flat(summarize(run_point(point)))
+
+
+def flat(result: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested results as one row: `time_ns.wait_cpu`, `run.budget_bytes` and so on."""
+    row: dict[str, Any] = {}
+    for key, value in result.items():
+        if isinstance(value, dict):
+            row |= flat(value, f"{prefix}{key}.")
+        else:
+            row[prefix + key] = value
+    return row
