@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moesim.errors import InputError
 from moesim.log import Log
 from moesim.sim.replay import Replayed
 from moesim.types import (
@@ -48,7 +49,7 @@ def timeline(run: Replayed) -> dict[str, Any]:
     """Return the Chrome trace of a run that was recorded."""
     log = run.log
     if log is None:
-        raise ValueError("a timeline needs a recorded run")
+        raise InputError("a timeline needs a recorded run: replay(..., record=True)")
     gpu = run.prepared.profile.gpu
     events = [
         {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "ts": 0, "args": {"name": name}}

@@ -81,7 +81,7 @@ MAX_TOKENS = 1 << 22
 """The most that one operation may have: a bound on memory, not on machines."""
 
 
-LANE_OF_COPY = {
+COPY_LANES = {
     COPY_IN: H2D,
     RETURN: H2D,
     KV_IN: H2D,
@@ -535,9 +535,9 @@ def stretched(costs: Costs, kind: int, factor: float) -> Costs:
         found = np.round(np.asarray(values) * factor).astype(np.int64)
         return int(found) if isinstance(values, int) else np.ascontiguousarray(found)
 
-    if kind in LANE_OF_COPY:
+    if kind in COPY_LANES:
         copies = costs.copies.copy()
-        lane = LANE_OF_COPY[kind]
+        lane = COPY_LANES[kind]
         copies[lane, :, 1] = scaled(copies[lane, :, 1])
         copies[lane, :, 2] = np.maximum(1, np.round(copies[lane, :, 2] / factor))
         return costs._replace(copies=copies)
