@@ -275,7 +275,7 @@ def test_preempted_copies_were_among_them() -> None:
 
 
 def test_a_run_that_was_not_recorded_has_no_timeline(run: Replayed) -> None:
-    with pytest.raises(ValueError, match="recorded"):
+    with pytest.raises(InputError, match="recorded"):
         timeline(run._replace(log=None))
 
 
