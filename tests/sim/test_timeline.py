@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import moesim.policies.testing as lab
+from moesim.errors import InputError
 from moesim.policies.api import Placement, Plan, Setting, View, run_on_cpu, run_on_gpu
 from moesim.policies.registry import choose
 from moesim.sim.metrics import link_bytes
