@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from moesim.colours import look_of
 from moesim.errors import InputError
 
 SUFFIXES = (".png", ".svg", ".pdf")
+DPI = 110
 BAND = 0.1
 """The errors inside the band of the picture."""
 
@@ -48,13 +50,13 @@ def draw_validation(result: Mapping[str, Any], path: Path) -> None:
         line, line * (1 - BAND), line * (1 + BAND), color="0.88", label=f"within {BAND:.0%}"
     )
     axes.plot(line, line, "-", color="0.5", linewidth=1, label="simulated = measured")
-    for number, row in enumerate(rows):
-        own = row[key]
+    for row in rows:
+        own, look = row[key], look_of(row["policy"])
         middle, repeats = own["measured"] / unit, np.array(own["repeats"]) / unit
         axes.errorbar(
             middle, own["simulated"] / unit,
             xerr=[[middle - repeats.min()], [repeats.max() - middle]],
-            fmt="o", capsize=3, color=f"C{number % 10}",
+            fmt=look.marker, capsize=3, color=look.colour,
             label=f"{row['policy']}  {own['simulated'] / own['measured'] - 1:+.1%}",
         )  # fmt: skip
     axes.set(
@@ -78,7 +80,7 @@ def save(figure: Any, path: Path) -> None:
     """Write a picture, which appears whole or not."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(unfinished, format=path.suffix[1:].lower(), dpi=110)
+        figure.savefig(unfinished, format=path.suffix[1:].lower(), dpi=DPI)
         unfinished.replace(path)
     finally:
         with suppress(OSError):

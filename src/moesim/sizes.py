@@ -14,3 +14,10 @@ def parse_size(text: str) -> int | None:
     if match is None or match[2].upper() not in UNITS:
         return None
     return round(float(match[1]) * UNITS[match[2].upper()])
+
+
+def size_in_words(size_bytes: int) -> str:
+    """Return a size in GiB or, below one, in MiB."""
+    if size_bytes >= UNITS["GIB"]:
+        return f"{size_bytes / UNITS['GIB']:.2f} GiB"
+    return f"{size_bytes / UNITS['MIB']:.2f} MiB"

@@ -4,11 +4,13 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesim.errors import InputError
 from moesim.sim.metrics import by_step, explain, summarize
 from moesim.sim.replay import Replayed
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 class Result:
@@ -55,6 +57,16 @@ class Result:
         """Return one row per step: phase, tokens, ns from begin to end and by cause, bytes."""
         return frame_of(by_step(self.run))
 
+    def plot(self) -> "Figure":
+        """Return a picture of where the time went; notebooks show it, `savefig` writes it.
+
+        Of a run that was recorded it has the lanes in a few layers of a step, too: see
+        `plots.lanes`. Raises InputError without matplotlib.
+        """
+        from moesim.answers.plots import run_figure
+
+        return run_figure(self.run)
+
     def timeline(self, path: str | Path) -> None:
         """Write a Chrome trace for Perfetto (.json or .json.gz).
 
@@ -62,6 +74,8 @@ class Result:
         """
         from moesim.sim.timeline import write_timeline
 
+        if self.run.log is None:
+            raise InputError("a timeline needs a recorded run: replay(..., record=True)")
         write_timeline(self.run, Path(path))
 
     def __repr__(self) -> str:
@@ -90,8 +104,6 @@ class Result:
 
 def frame_of(rows: list[dict[str, Any]]) -> "pd.DataFrame":
     """Return rows as a table; raise InputError without pandas."""
-    from moesim.errors import InputError
-
     try:
         import pandas as pd
     except ImportError:

@@ -30,7 +30,7 @@ DEVICE_HELP = (
 @output_options
 def command(
     policy: str, device: str | None, seed: int, as_json: bool,
-    timeline: Path | None, csv_path: Path | None, **inputs: Any,
+    timeline: Path | None, csv_path: Path | None, plot: Path | None, **inputs: Any,
 ) -> None:  # fmt: skip
     """Run a policy on this machine, on the routing of a trace, and time it.
 
@@ -46,7 +46,7 @@ def command(
     from moesim.sim.metrics import summarize
 
     chosen = choose(policy)
-    check_outputs(inputs["trace"], timeline, csv_path)
+    check_outputs(inputs["trace"], timeline, csv_path, plot)
     given = Inputs.load(**inputs, room_bytes=host_room_bytes())
     for line in (*given.notices, *given.prepare(chosen, seed).notices):
         click.echo(f"note: {line}", err=True)
@@ -65,7 +65,7 @@ def command(
         )
     finally:
         engine.close()
-    write_outputs(run, timeline, csv_path)
+    write_outputs(run, timeline, csv_path, plot)
     result = summarize(run)
     if as_json:
         print_json(result)

@@ -106,6 +106,11 @@ OUTPUT_OPTIONS = (
         type=click.Path(dir_okay=False, path_type=Path),
         help="Write one row per step.",
     ),
+    click.option(
+        "--plot",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Draw where the time went, and a few layers of one step (.png, .svg or .pdf).",
+    ),
 )
 """Where the results of one run go; see `check_outputs` and `write_outputs`."""
 
@@ -151,6 +156,7 @@ def command(
     as_json: bool,
     timeline: Path | None,
     csv_path: Path | None,
+    plot: Path | None,
     **inputs: Any,
 ) -> None:
     """Replay a routing trace through a policy on a simulated machine.
@@ -164,7 +170,7 @@ def command(
     from moesim.sim.replay import replay
 
     chosen = choose(policy)
-    check_outputs(inputs["trace"], timeline, csv_path)
+    check_outputs(inputs["trace"], timeline, csv_path, plot)
     given = Inputs.load(**inputs)
     prepared = given.prepare(chosen, seed)
     for line in (*given.notices, *prepared.notices):
@@ -174,15 +180,15 @@ def command(
     machine = machine_for(prepared, wanted, lambda line: click.echo(f"note: {line}", err=True))
     run = with_progress(
         lambda progress: replay(
-            prepared, machine=machine, seed=seed, jitter=stretch, record=timeline is not None,
-            progress=progress,
+            prepared, machine=machine, seed=seed, jitter=stretch,
+            record=timeline is not None or plot is not None, progress=progress,
         )
     )  # fmt: skip
     others = [
         replay(other, machine=machine_for(other, wanted, lambda _: None), seed=seed, jitter=stretch)
         for other in references
     ]
-    write_outputs(run, timeline, csv_path)
+    write_outputs(run, timeline, csv_path, plot)
     result = summarize(run)
     if share:
         on_demand_ns, oracle_ns = (other.heads[-1].now_ns for other in others)
@@ -213,19 +219,27 @@ def with_progress(work: Any, what: str = "replaying") -> "Replayed":
     return run
 
 
-def check_outputs(trace: Path | None, timeline: Path | None, csv_path: Path | None) -> None:
+def check_outputs(
+    trace: Path | None, timeline: Path | None, csv_path: Path | None, plot: Path | None
+) -> None:
     """Raise InputError for files that cannot be written, or that are the same one."""
     from moesim.errors import InputError
 
-    outputs = [path for path in (timeline, csv_path) if path is not None]
+    outputs = [path for path in (timeline, csv_path, plot) if path is not None]
     for path in outputs:
         check_output(path)
+    if plot is not None:
+        from moesim.real.plots import check_picture
+
+        check_picture(plot)
     taken = [path.resolve() for path in (*outputs, *filter(None, [trace]))]
     if len(set(taken)) < len(taken):
-        raise InputError("TRACE, --timeline and --csv must be different files")
+        raise InputError("TRACE, --plot, --timeline and --csv must be different files")
 
 
-def write_outputs(run: "Replayed", timeline: Path | None, csv_path: Path | None) -> None:
+def write_outputs(
+    run: "Replayed", timeline: Path | None, csv_path: Path | None, plot: Path | None
+) -> None:
     """Write the files that were asked for."""
     if timeline is not None:
         from moesim.sim.timeline import write_timeline
@@ -233,6 +247,10 @@ def write_outputs(run: "Replayed", timeline: Path | None, csv_path: Path | None)
         write_timeline(run, timeline)
     if csv_path is not None:
         write_csv(run, csv_path)
+    if plot is not None:
+        from moesim.answers.plots import draw_run
+
+        draw_run(run, plot)
 
 
 def write_csv(run: "Replayed", path: Path) -> None:
