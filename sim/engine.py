@@ -336,13 +336,14 @@ def not_compiled(chosen: Chosen, error: NotCompilableError) -> InputError:
     )
 
 
-def machine_for(prepared: Prepared, wanted: str, say: Callable[[str], None]) -> str:
+def machine_for(prepared: Prepared, wanted: str, say: Callable[[str], None], runs: int = 1) -> str:
     """Return the machine of a run, compiled if it is the compiled one; say which, and why.
 
+    `runs` says how many such runs there will be, which compiling may repay together.
     Raises InputError for `compiled` and a policy that does not compile; `auto` then takes SimPy.
     """
     layer_steps = len(prepared.host.steps.phase) * prepared.setting.layers
-    choice = choose_machine(wanted, prepared, layer_steps)
+    choice = choose_machine(wanted, prepared, layer_steps * runs)
     if wanted == "simpy":
         return "simpy"
     if wanted == "auto" or choice.compiles:

@@ -355,6 +355,40 @@ def test_an_override_is_admitted_in_the_provenance() -> None:
     assert profile.gpu.memory_bytes == 10_000_000_000
 
 
+@pytest.mark.parametrize(("text", "factor"), [("x2", 2), ("x 2", 2), ("x0.5", 0.5), ("x1e-1", 0.1)])
+def test_an_override_may_be_a_factor(text: str, factor: float) -> None:
+    own, found = preset(), with_overrides(preset(), {"link.h2d.bytes_per_s": text})
+
+    assert found.link.h2d.bytes_per_s == own.link.h2d.bytes_per_s * factor
+    assert found.provenance.link.source == "scaled"
+    note = found.provenance.link.note
+    assert note.endswith(f"link.h2d.bytes_per_s times {text[1:].strip()} by hand")
+    whole = with_overrides(preset(), {"gpu.memory_bytes": text}).gpu.memory_bytes
+    assert whole == round(own.gpu.memory_bytes * factor)
+
+
+def test_a_factor_of_one_changes_nothing() -> None:
+    assert with_overrides(preset(), {"link.h2d.bytes_per_s": "x1"}) == preset()
+
+
+def test_a_rate_set_by_hand_counts_in_place_of_measured_points() -> None:
+    points = ((1000, 900.0), (10**6, 50_000.0))
+    own = preset()
+    h2d = msgspec.structs.replace(own.link.h2d, points=points, interpolated=True)
+    own = msgspec.structs.replace(own, link=msgspec.structs.replace(own.link, h2d=h2d))
+    found = with_overrides(own, {"link.h2d.bytes_per_s": "x2"})
+
+    assert found.link.h2d.bytes_per_s == 2 * h2d.bytes_per_s
+    assert not found.link.h2d.interpolated
+    assert found.provenance.link.note.endswith("in place of measured points, by hand")
+    for other in ({"link.h2d.bytes_per_s": "x1"}, {"link.chunk_bytes": "4096"}):
+        assert with_overrides(own, other).link.h2d == h2d
+
+
+def test_a_name_may_begin_like_a_factor() -> None:
+    assert with_overrides(preset(), {"gpu.name": "x2"}).gpu.name == "x2"
+
+
 def test_nothing_overridden_changes_nothing() -> None:
     assert with_overrides(preset(), {}) == preset()
 
@@ -386,6 +420,11 @@ def test_interference_can_be_switched_off() -> None:
         ("gpu.launch_ns", "[", "gpu.launch_ns: line 1: "),
         ("gpu.launch_ns", "*x", "gpu.launch_ns: line 1: aliases are not allowed"),
         ("gpu.memory_bytes", "1e300", "gpu.memory_bytes: Expected `int`"),
+        ("gpu.launch_ns", "x-1", "gpu.launch_ns: Expected `int` >= 0"),
+        ("gpu.launch_ns", "xnan", "gpu.launch_ns: nan is no factor"),
+        ("gpu.launch_ns", "xx", "gpu.launch_ns: Expected `int`, got `str`"),
+        ("interference", "x2", r"interference: a factor multiplies a number, and .* is none"),
+        ("host.decision_ns_by_policy.mine", "x2", "a factor multiplies a number, and None is none"),
     ],
 )
 def test_a_bad_override_is_refused(path: str, text: str, message: str) -> None:

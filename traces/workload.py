@@ -25,6 +25,9 @@ class Workload(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     starts: IntArray
     prompts: IntArray
     notices: tuple[str, ...] = ()
+    earlier: int = 0
+    """Tokens that each sequence has keys and values of before its first row: a context that is
+    attended to, but not computed."""
 
     @property
     def sequences(self) -> int:
@@ -40,6 +43,11 @@ class Workload(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     def step_tokens(self) -> int:
         """The most tokens of a step: all prompts together, or one of each sequence."""
         return max(int(self.prompts.sum()), self.sequences)
+
+    @property
+    def kv_tokens(self) -> int:
+        """The most tokens that have keys and values at once: all of all sequences."""
+        return len(self.rows) + self.sequences * self.earlier
 
     def prompt_rows(self, sequence: int) -> IntArray:
         """Return the trace rows of a sequence's prompt."""
@@ -186,8 +194,9 @@ def steps_of(workload: Workload, batches: int = 1) -> Steps:
         raise TraceError(f"{batches} batches cannot be made of {n} sequences; legal are 1..{n}")
     lengths = np.diff(workload.starts)
     sequence = np.repeat(np.arange(n), lengths)
-    position = np.arange(len(sequence)) - workload.starts[sequence]
-    step = np.maximum(position - workload.prompts[sequence] + 1, 0)
+    row = np.arange(len(sequence)) - workload.starts[sequence]
+    step = np.maximum(row - workload.prompts[sequence] + 1, 0)
+    position = row + workload.earlier
     order = np.lexsort((position, sequence, step))
     sequence, position, step = sequence[order], position[order], step[order]
 
@@ -202,13 +211,14 @@ def steps_of(workload: Workload, batches: int = 1) -> Steps:
 
     tokens = per_cell(np.ones_like(cell))
     ends = np.cumsum(tokens).reshape(steps, batches)
-    opens = (step > 0) | (position == 0)  # a sequence's first new token of the step
+    # A sequence's first new token of the step.
+    opens = (step > 0) | (position == workload.earlier)
     return Steps(
         phase=np.where(np.arange(steps) == 0, PREFILL, DECODE).astype(np.int64),
         rows=workload.rows[order],
         offset=np.concatenate([ends[:, :1] - tokens[:, :1], ends], axis=1),
         context=per_cell(position + 1),
-        kept=per_cell(np.where(step > 0, position, 0)),
+        kept=per_cell(np.where(opens, position, 0)),
         sequences=per_cell(opens.astype(np.int64)),
         sequence=sequence.astype(np.int64),
     )

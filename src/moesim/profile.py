@@ -1,6 +1,7 @@
 """What a machine can do: bandwidths, latencies and measured tables, with their provenance."""
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping
@@ -343,18 +344,22 @@ def _load_preset(name: str) -> HardwareProfile:
 
 
 def _load_file(path: Path) -> HardwareProfile:
+    return parse_profile(read_text(path, "hardware profile"), str(path))
+
+
+def read_text(path: Path, what: str) -> str:
+    """Return the text of a file that somebody wrote by hand; raise ProfileError in one line."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_PROFILE_BYTES + 1)
     except OSError as error:
         raise ProfileError(f"cannot read {path}: {error.strerror}") from None
     if len(content) > MAX_PROFILE_BYTES:
-        raise ProfileError(f"{path} is larger than {MAX_PROFILE_BYTES} bytes: no hardware profile")
+        raise ProfileError(f"{path} is larger than {MAX_PROFILE_BYTES} bytes: no {what}")
     try:
-        text = content.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError:
         raise ProfileError(f"{path} is not UTF-8 text") from None
-    return parse_profile(text, str(path))
 
 
 class _Loader(yaml.SafeLoader):
@@ -398,6 +403,14 @@ def parse_profile(text: str, origin: str) -> HardwareProfile:
 
     Raises ProfileError in one line.
     """
+    return _convert(parse_yaml(text, origin, "hardware profile"), origin)
+
+
+def parse_yaml(text: str, origin: str, what: str) -> dict[Any, Any]:
+    """Return the keys and values of a YAML text, without aliases, repeated keys and dates.
+
+    Raises ProfileError in one line.
+    """
     try:
         plain = yaml.load(text, _Loader)
     except RecursionError:
@@ -405,8 +418,8 @@ def parse_profile(text: str, origin: str) -> HardwareProfile:
     except (yaml.YAMLError, ValueError) as error:
         raise ProfileError(f"{origin}: {_yaml_problem(error)}") from None
     if not isinstance(plain, dict):
-        raise ProfileError(f"{origin}: a hardware profile has keys and values")
-    return _convert(plain, origin)
+        raise ProfileError(f"{origin}: a {what} has keys and values")
+    return plain
 
 
 def _yaml_problem(error: Exception) -> str:
@@ -471,8 +484,10 @@ def _literals_in(kind: Any) -> tuple[object, ...]:
 def with_overrides(profile: HardwareProfile, overrides: Mapping[str, str]) -> HardwareProfile:
     """Return the profile with values set by dotted path, as `link.h2d.bytes_per_s` to `55e9`.
 
-    Values are read as YAML, exponents without a sign too. The provenance of a section that was
-    touched becomes `scaled` and says what was set.
+    Values are read as YAML, exponents without a sign too; `x2` is twice the number that is there,
+    rounded if that is a whole one. A channel of which rate or latency is set is not interpolated
+    any more. The provenance of a section that was touched becomes `scaled`
+    and says what was set.
 
     Raises ProfileError listing the keys at the level where a path fails, or naming a bad value.
     """
@@ -487,11 +502,22 @@ def with_overrides(profile: HardwareProfile, overrides: Mapping[str, str]) -> Ha
             _check_key(table, last, parents, path)
         if isinstance(table.get(last), dict):
             raise ProfileError(f"{path} is a section; there are: {', '.join(table[last])}")
-        table[last] = _value(path, text)
+        factor = _factor(text)
+        if factor is not None and not isinstance(table.get(last), str):
+            table[last] = _multiplied(path, table.get(last), factor)
+            if factor == 1:
+                continue
+            what = f"times {text[1:].strip()}"
+        else:
+            table[last] = _value(path, text)
+            what = f"set to {text}"
+        if last in ("latency_ns", "bytes_per_s") and table.get("interpolated"):
+            table["interpolated"] = False  # or the measured points would count in its place
+            what += ", which counts in place of measured points,"
         section = path.partition(".")[0]
         if section in plain["provenance"]:
             origin = plain["provenance"][section]
-            note = "; ".join(filter(None, (origin["note"], f"{path} set to {text} by hand")))
+            note = "; ".join(filter(None, (origin["note"], f"{path} {what} by hand")))
             plain["provenance"][section] = {**origin, "source": "scaled", "note": note}
     return _convert(plain, profile.name)
 
@@ -502,6 +528,24 @@ def _check_key(table: Any, key: str, parents: list[str], path: str) -> None:
     if key not in table:
         level = ".".join(parents) or "the profile"
         raise ProfileError(f"no key {path}; {level} has: {', '.join(table)}")
+
+
+def _factor(text: str) -> float | None:
+    """Return 2.0 for `x2`, None for what is no factor."""
+    if not text.startswith("x"):
+        return None
+    try:
+        return float(text[1:])
+    except ValueError:
+        return None
+
+
+def _multiplied(path: str, value: object, factor: float) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ProfileError(f"{path}: a factor multiplies a number, and {value!r} is none")
+    if not math.isfinite(factor):
+        raise ProfileError(f"{path}: {factor} is no factor")
+    return round(value * factor) if isinstance(value, int) else value * factor
 
 
 def _value(path: str, text: str) -> Any:

@@ -123,7 +123,7 @@ def prepare(
         host_memory_bytes=profile.cpu.memory_bytes,
         model=model,
         machine=profile,
-        kv_tokens=len(workload.rows),
+        kv_tokens=workload.kv_tokens,
         offline=cache(partial(offline_of, trace, workload, model, seed)),
     )
     sees_future = getattr(chosen.cls, "declares_future", False)

@@ -180,3 +180,18 @@ def test_laws_of_windows_and_steps(
     per_sequence = prompt + generate - 1
     assert steps.context.sum() == batch * per_sequence * (per_sequence + 1) // 2
     assert (steps.kept[1:] == steps.context[1:] - sizes[1:]).all()
+
+
+def test_an_earlier_context_is_attended_to_and_kept_but_not_computed(
+    make_trace: MakeTrace,
+) -> None:
+    """Each new token attends to 100 more; each sequence of a step has 100 more in the cache."""
+    own = cut(make_trace((5, 3, 4), (3, 2, 2)), batch=3)
+    later = msgspec.structs.replace(own, earlier=100)
+    for batches in (1, 2, 3):
+        before, after = steps_of(own, batches), steps_of(later, batches)
+        assert (after.context - before.context == 100 * np.diff(before.offset)).all()
+        assert (after.kept - before.kept == 100 * before.sequences).all()
+        for name in ("phase", "rows", "offset", "sequences", "sequence"):
+            assert (getattr(after, name) == getattr(before, name)).all()
+    assert later.kv_tokens == own.kv_tokens + 300 == 312

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import msgspec
 
 from moesim.costs import Costs
 from moesim.errors import InputError, ModelError
@@ -34,6 +34,8 @@ RESERVE_BYTES = 1 << 30
 """What the default budget leaves on the GPU for activations and the runtime."""
 MOST_OF_ALL = 3, 2
 """The default budget is at most so much of all experts: room to stage some beside them."""
+MAX_CONTEXT = 1 << 24
+"""The most tokens that a sequence may have before its prompt."""
 
 
 class Inputs(NamedTuple):
@@ -55,13 +57,15 @@ class Inputs(NamedTuple):
         budget: int | str | None = None, cache_ratio: float | None = None, bits: int | str = 16,
         batch: int = 1, prompt: int | None = None, generate: int | None = None, start: int = 0,
         layers: int | None = None, repeat: bool = False, room_bytes: int | None = None,
+        context: int = 0,
     ) -> "Inputs":  # fmt: skip
         """Load what is named, and take what is given; see `moesim replay --help` for each.
 
         `trace` None is the one that ships with moesim, `model` None the trace's own, `hardware`
         None this machine's profile or else a preset. `budget` is in bytes, or a text such as 8GiB;
         `cache_ratio` is a share of all experts instead. Only the first `layers` MoE layers count
-        or, with `room_bytes`, as many as have room there.
+        or, with `room_bytes`, as many as have room there. Each sequence has `context` tokens before
+        its prompt, which are attended to.
 
         Raises MoesimError for what does not exist or does not fit together.
         """
@@ -85,7 +89,11 @@ class Inputs(NamedTuple):
         if layers is not None:
             spec = first_layers(spec, layers)
             routing = take(routing, layers=(0, int(routing.layer_ids[:layers][-1]) + 1))
-        workload = cut(routing, batch, prompt, generate, start, repeat)
+        if not 0 <= context <= MAX_CONTEXT:
+            raise InputError(f"context {context} is not in 0..{MAX_CONTEXT}")
+        workload = msgspec.structs.replace(
+            cut(routing, batch, prompt, generate, start, repeat), earlier=context
+        )
         size, said = budget_of(spec, profile, workload, budget, cache_ratio, int(bits))
         notices = tuple(filter(None, (notice, said_layers, said)))
         return cls(routing, workload, spec, profile, size, int(bits), notices)
@@ -174,7 +182,7 @@ def budget_of(
         return size_bytes(budget), ""
     if ratio is not None:
         return int(ratio * experts * one), ""
-    left, other, kept = left_bytes(spec, profile, int(np.diff(workload.starts).sum()))
+    left, other, kept = left_bytes(spec, profile, workload.kv_tokens)
     if left < one:
         raise InputError(
             f"{profile.gpu.name} has no room for an expert beside {other / 2**30:.1f} GiB of other "

@@ -16,18 +16,23 @@ from moesim import __version__
 from moesim.answers.inputs import Inputs, model_of
 from moesim.answers.stretch import stretched_costs, stretched_host
 from moesim.costs import build_costs
+from moesim.errors import InputError
 from moesim.model import ModelSpec, load_model, model_digest
 from moesim.policies.registry import choose
 from moesim.profile import HardwareProfile, load_profile, profile_digest
+from moesim.run import Prepared
 from moesim.sim.engine import machine_for
 from moesim.sim.metrics import summarize
 from moesim.sim.replay import Replayed, replay
 from moesim.traces.bundled import example_path
 from moesim.traces.format import Trace
 from moesim.traces.importers import load_trace
+from moesim.traces.synthetic import synthesize
 
 KEPT = 8
 """Traces, models and profiles of each kind that a process keeps."""
+KEPT_DIGESTS = 4096
+"""Digests of each kind that a process keeps."""
 
 
 class Point(
@@ -38,6 +43,8 @@ class Point(
     policy: str = "dali"
     trace: str | None = None
     """Path of a trace; None is the one that ships with moesim."""
+    synth: dict[str, Any] = {}
+    """Or a trace that is made up: arguments of `traces.synthetic.synthesize`."""
     model: str | None = None
     hardware: str | None = None
     settings: dict[str, str] = {}
@@ -53,6 +60,8 @@ class Point(
     start: int = 0
     layers: int | None = None
     repeat: bool = False
+    context: int = 0
+    """Tokens that each sequence has before its prompt."""
     seed: int = 0
     jitter: float = 0.0
     """Operations are stretched at random by up to this share."""
@@ -73,9 +82,14 @@ def named(point: Point) -> Named:
 
     Raises MoesimError for what is not there.
     """
-    path = Path(point.trace) if point.trace is not None else example_path()
     model = None if point.model is None else kept_model(point.model, changed(point.model))
-    trace = kept_trace(path, changed(path), point.model)
+    if point.synth and point.trace is not None:
+        raise InputError(f"trace {point.trace} and one that is made up exclude each other")
+    if point.synth:
+        trace = kept_synthetic(tuple(sorted(point.synth.items())))
+    else:
+        path = Path(point.trace) if point.trace is not None else example_path()
+        trace = kept_trace(path, changed(path), point.model)
     profile = kept_profile(point.hardware, changed(point.hardware or ""))
     return Named(trace, model_of(trace) if model is None else model, profile)
 
@@ -93,6 +107,12 @@ def kept_trace(path: Path, at_ns: int, model: str | None) -> Trace:
 
 
 @lru_cache(KEPT)
+def kept_synthetic(arguments: tuple[tuple[str, Any], ...]) -> Trace:
+    """Return the trace that is made up of these arguments."""
+    return synthesize(**dict(arguments))
+
+
+@lru_cache(KEPT)
 def kept_model(name: str, at_ns: int) -> ModelSpec:
     """Return a model by name or path."""
     return load_model(name)
@@ -107,38 +127,76 @@ def kept_profile(name: str | None, at_ns: int) -> HardwareProfile:
 def digest(point: Point) -> str:
     """Return 16 hex digits that change with whatever may change the point's row.
 
-    Files count by what they hold. Raises MoesimError for what is not there.
+    Files count by what they hold; what is made up, by what it is made of. Raises MoesimError for
+    what is not there.
     """
-    found = named(point)
+    path = Path(point.trace) if point.trace is not None else example_path()
+    policy = point.policy.partition(":")[0]
     plain = msgspec.structs.replace(
-        point, trace=found.trace.digest(), model=model_digest(found.model),
-        hardware=profile_digest(found.profile), machine="auto",
-    )  # fmt: skip
-    text = msgspec.json.encode((__version__, plain), order="deterministic")
+        point,
+        trace=None if point.synth else trace_digest(path, changed(path), point.model),
+        model=point.model and named_model_digest(point.model, changed(point.model)),
+        hardware=named_profile_digest(point.hardware, changed(point.hardware or "")),
+        machine="auto",
+    )
+    source = source_digest(policy, changed(policy)) if policy.endswith(".py") else ""
+    text = msgspec.json.encode((__version__, source, plain), order="deterministic")
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def inputs_of(point: Point) -> Inputs:
-    """Load what a point is about; raise MoesimError for what is not there or does not fit."""
-    found = named(point)
+@lru_cache(KEPT_DIGESTS)
+def trace_digest(path: Path, at_ns: int, model: str | None) -> str:
+    """Return the digest of `kept_trace`."""
+    return kept_trace(path, at_ns, model).digest()
+
+
+@lru_cache(KEPT_DIGESTS)
+def named_model_digest(name: str, at_ns: int) -> str:
+    """Return the digest of `kept_model`."""
+    return model_digest(kept_model(name, at_ns))
+
+
+@lru_cache(KEPT_DIGESTS)
+def named_profile_digest(name: str | None, at_ns: int) -> str:
+    """Return the digest of `kept_profile`."""
+    return profile_digest(kept_profile(name, at_ns))
+
+
+@lru_cache(KEPT_DIGESTS)
+def source_digest(path: str, at_ns: int) -> str:
+    """Return the digest of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def inputs_of(point: Point, found: Named | None = None) -> Inputs:
+    """Load what a point is about, or take what it names as `found`.
+
+    Raises MoesimError for what is not there or does not fit.
+    """
+    found = found or named(point)
     return Inputs.load(
         found.trace, model=found.model, hardware=stretched_host(found.profile, point.stretch),
         settings=point.settings, budget=point.budget, cache_ratio=point.cache_ratio,
         bits=point.bits, batch=point.batch, prompt=point.prompt, generate=point.generate,
-        start=point.start, layers=point.layers, repeat=point.repeat,
+        start=point.start, layers=point.layers, repeat=point.repeat, context=point.context,
     )  # fmt: skip
 
 
-def run_point(point: Point) -> Replayed:
-    """Replay a point; raise MoesimError for one that cannot be."""
+def prepared_of(point: Point, found: Named | None = None) -> Prepared:
+    """Return a point's run, ready to start; see `inputs_of` for `found` and what is raised."""
     chosen = choose(point.policy)
-    given = inputs_of(point)
+    given = inputs_of(point, found)
     costs = None
     if point.stretch:
         work = given.workload
         costs = build_costs(given.model, given.profile, work.step_tokens, work.sequences)
         costs = stretched_costs(costs, point.stretch)
-    prepared = given.prepare(chosen, point.seed, costs)
+    return given.prepare(chosen, point.seed, costs)
+
+
+def run_point(point: Point) -> Replayed:
+    """Replay a point; raise MoesimError for one that cannot be."""
+    prepared = prepared_of(point)
     machine = machine_for(prepared, point.machine, lambda _: None)
     return replay(prepared, machine=machine, seed=point.seed, jitter=round(point.jitter * 1024))
 
