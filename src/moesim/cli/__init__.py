@@ -9,9 +9,11 @@ import click
 from moesim.cli.common import LazyCommands
 
 COMMANDS = {
+    "advise": "Say what is fastest for a model on a machine, what limits it, what would help.",
     "bound": "Say what no policy can beat with a budget, model and machine.",
     "cache": "Say how often caches of each rule and size hit, layer by layer.",
     "calibrate": "Measure this machine, so that replays are about it.",
+    "compare": "Compare policies: which is fastest, by how much, and is that certain?",
     "compile": "Compile the simulator and policies once, or clear what was compiled.",
     "generate": "Generate text with a real model whose experts a policy offloads.",
     "hardware": "List the machines that moesim knows, show one, or compare two.",
@@ -21,6 +23,8 @@ COMMANDS = {
     "real": "Run a policy on this machine: real weights, kernels and copies.",
     "record": "Record what the routers of a real model decide.",
     "replay": "Replay a routing trace through a policy on a simulated machine.",
+    "report": "Make one HTML file of results: tables, pictures, timelines.",
+    "sweep": "Replay every point of a grid, on all cores, and find the best ones.",
     "trace": "Look into a routing trace, or make one.",
     "validate": "Run policies really and simulated: how far off is the simulator?",
 }
