@@ -3,13 +3,17 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from moesim.traces.bundled import example_path
+
 README = Path(__file__).resolve().parent.parent / "README.md"
+SWEEPS = README.parent / "docs" / "sweep.md"
 
 pytestmark = pytest.mark.skipif(not README.exists(), reason="needs the checkout, not a wheel")
 
@@ -38,9 +42,9 @@ def moesim(*arguments: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def block(after: str) -> str:
+def block(after: str, page: Path = README) -> str:
     """Return the first fenced block after a text."""
-    found = re.search(r"```\w*\n(.*?)```", README.read_text().partition(after)[2], re.DOTALL)
+    found = re.search(r"```\w*\n(.*?)```", page.read_text().partition(after)[2], re.DOTALL)
     assert found is not None
     return found[1]
 
@@ -60,6 +64,38 @@ def test_the_output_is_what_the_command_prints() -> None:
 def test_the_curves_are_what_the_command_prints() -> None:
     shown = block("<!-- output of: moesim cache -->")
     assert comparable(shown) == comparable(moesim("cache"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "compare --cache-ratio 0.25 --policies static,lru,dali,fate,klotski,hybrimoe",
+        "advise qwen3-30b-a3b --hardware rtx3090-pcie4-ddr4",
+    ],
+)
+def test_the_answers_are_what_the_commands_print(command: str) -> None:
+    shown = block(f"<!-- output of: moesim {command} -->")
+    assert comparable(shown) == comparable(moesim(*command.split()))
+
+
+def test_the_sweep_is_what_the_command_prints(tmp_path: Path) -> None:
+    command = "sweep grid.yaml -o sweep.parquet"
+    (tmp_path / "grid.yaml").write_text(block("A grid is a YAML file", SWEEPS))
+    shown = block(f"<!-- output of: moesim {command} -->", SWEEPS)
+    assert comparable(shown) == comparable(moesim(*command.split(), cwd=tmp_path))
+
+
+def test_the_library_does_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example runs as it stands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    shutil.copy(example_path(), "trace.npz")
+    code = block("## From Python")
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert {path.name for path in tmp_path.iterdir()} >= {"run.json.gz", "report.html"}
+    assert names["run"].data["policy"] == "dali"  # type: ignore[attr-defined]
+    assert len(names["found"].rows) == 4 + 2  # type: ignore[attr-defined]
 
 
 def test_the_table_holds_what_the_policies_give(tmp_path: Path) -> None:
