@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# Long tests that say nothing about how moesim was installed.
-SAME := $(addprefix --ignore=tests/,test_laws.py sim traces/test_fuzz.py traces/test_fit.py)
+# Long tests that say nothing about how moesim was installed, and those of the checkout's notebooks.
+SAME := $(addprefix --ignore=tests/,test_laws.py test_notebooks.py sim traces/test_fuzz.py traces/test_fit.py)
 
-.PHONY: replay test bench lint format wheel clean
+.PHONY: replay test bench lint format notebooks wheel clean
 
 replay: $(VENV)/.run  ## replay the trace that ships with moesim
 	$(BIN)/moesim replay --policy dali --cache-ratio 0.25 $(ARGS)
@@ -27,6 +27,13 @@ lint: $(VENV)/.dev  ## style, types, import rules
 format: $(VENV)/.dev  ## repair what can be repaired
 	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format .
+
+notebooks: $(VENV)/.dev  ## run the notebooks, and render them as pages of docs/notebooks
+	rm -rf build/notebooks
+	$(BIN)/python -m nbconvert --execute --to markdown --output-dir build/notebooks \
+		--NbConvertBase.display_data_priority="['image/png', 'text/plain']" notebooks/*.ipynb
+	rm -rf docs/notebooks
+	mv build/notebooks docs/notebooks
 
 wheel: $(VENV)/.dev  ## test what we ship: sdist -> wheel -> fresh venv, away from the checkout
 	rm -rf build
