@@ -133,9 +133,10 @@ class Emulated:
         self.taken_bytes = min(self.taken_bytes, but)
 
     def copy(self, target: Any, source: Any) -> None:
-        """Copy between host and device memory; runs on a lane of the link."""
+        """Copy between host and device memory; takes its time on a lane of the link only."""
         target.copy_(source)
-        _here.link.passed(source.numel() * source.element_size())
+        if (link := getattr(_here, "link", None)) is not None:
+            link.passed(source.numel() * source.element_size())
 
     def close(self) -> None:
         """Finish what is queued."""

@@ -72,6 +72,8 @@ def {hook}(self, view, plan):
 
 VERBS = ("begin", "submit", "wait", "done", "pause", "cancel", "promote", "route", "predict")
 
+WANTED = ("auto", "simpy", "compiled")
+"""What may be asked for."""
 ENGINE_S, HOOKS_S = 15, 4
 """About what compiling the host program and a policy's hooks takes, once."""
 LAYER_STEPS_PER_S = 2000
@@ -300,9 +302,11 @@ class Choice(NamedTuple):
 def choose_machine(wanted: str, prepared: Prepared, layer_steps: int) -> Choice:
     """Return the machine for a run of so many layer steps: `auto`, or a machine by its name.
 
-    `auto` never compiles for a run that takes less time without. Raises InputError for `compiled`
-    if it is known that the policy does not compile.
+    `auto` never compiles for a run that takes less time without. Raises InputError for any other
+    name, and for `compiled` if it is known that the policy does not compile.
     """
+    if wanted not in WANTED:
+        raise InputError(f"no machine named {wanted!r}; there are: {', '.join(WANTED)}")
     if wanted == "simpy":
         return Choice("simpy", "asked for")
     chosen = prepared.chosen

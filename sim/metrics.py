@@ -7,6 +7,7 @@ is (resident + arrived) / all, by expert, in decode. The makespan ends with the 
 still under way then are reported as drained.
 """
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from moesim.profile import profile_digest
 from moesim.residency import DROPPED, PREFETCHED, USED, WASTED_BYTES
 from moesim.sim.replay import Replayed
 from moesim.sim.rules import WAITS, Totals
+from moesim.traces.workload import Workload
 from moesim.types import (
     BITS,
     CAUSES,
@@ -182,6 +184,7 @@ def identity(run: Replayed) -> dict[str, Any]:
         "moesim": __version__,
         "machine": run.machine,
         "trace": prepared.trace_digest,
+        "workload": workload_digest(prepared.workload),
         "model": prepared.model.name,
         "model_digest": model_digest(prepared.model),
         "hardware": prepared.profile.name,
@@ -190,12 +193,21 @@ def identity(run: Replayed) -> dict[str, Any]:
         "budget_bytes": prepared.setting.budget_bytes,
         "bits": BITS[prepared.setting.precision],
         "seed": prepared.setting.seed,
+        "jitter": run.jitter / 1024,
         "steps": steps,
         "layer_steps": steps * prepared.setting.layers,
         "operations": run.operations,
         "preemptions": run.preemptions,
         "wall_s": run.wall_s,
     }
+
+
+def workload_digest(workload: Workload) -> str:
+    """Return 16 hex digits that change with the rows of a trace that are served, and how."""
+    sha = hashlib.sha256(f"{workload.earlier}".encode())
+    for array in (workload.rows, workload.starts, workload.prompts):
+        sha.update(f" {len(array)} ".encode() + np.asarray(array, np.int64).tobytes())
+    return sha.hexdigest()[:16]
 
 
 def explain(result: dict[str, Any]) -> str:

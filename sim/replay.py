@@ -32,6 +32,8 @@ class Replayed(NamedTuple):
     paused_ns: int
     wall_s: float
     log: Log | None
+    jitter: int = 0
+    """Operations were stretched by up to so many 1024ths."""
 
 
 class Run(Protocol):
@@ -149,6 +151,7 @@ def replay(
         paused_ns=paused_ns,
         wall_s=wall_s,
         log=log,
+        jitter=jitter,
     )
 
 

@@ -30,6 +30,7 @@ from moesim.traces.workload import Steps, Workload, steps_of
 from moesim.types import BITS, NONE, OUTCOMES, PHASES, PREFILL, IntArray
 
 MAX_BUDGET_BYTES = 1 << 50
+MAX_SEED = (1 << 31) - 1
 
 
 class Feed(NamedTuple):
@@ -101,6 +102,8 @@ def prepare(
     InputError or PolicyError for what does not fit together.
     """
     check_fit(trace, model)
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed {seed} is not in 0..{MAX_SEED}")
     if costs is None:
         costs = build_costs(model, profile, workload.step_tokens, workload.sequences)
     precision = BITS.index(bits)

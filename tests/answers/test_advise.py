@@ -15,6 +15,7 @@ from moesim.answers.memory import LEAST_CONTEXT, Question, ways_out
 from moesim.answers.phases import DECODE, WARM, made_up
 from moesim.answers.points import Point, inputs_of, run_point
 from moesim.answers.uncertainty import LEAST, UNMEASURED, combined, uncertainty_of
+from moesim.answers.verdict import FUTURE
 from moesim.costs import build_costs, duration_ns
 from moesim.errors import InputError, MoesimError
 from moesim.model import (
@@ -60,8 +61,9 @@ def trace() -> Trace:
 
 def ask(trace: Trace, experts: float, **options: Any) -> Advice:
     """Ask about a GPU on which so many experts have room."""
-    options = {"policies": POLICIES, "hardware": HARDWARE, "context": CONTEXT, **options}
-    return advise(SPEC, trace=trace, settings=memory(experts), jobs=1, machine="simpy", **options)
+    usual = {"policies": POLICIES, "hardware": HARDWARE, "context": CONTEXT, "jobs": 1}
+    options = {**usual, **options}
+    return advise(SPEC, trace=trace, settings=memory(experts), machine="simpy", **options)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,8 @@ def test_memory_adds_up(advice: Advice) -> None:
     assert gpu["free"] == ONE // 2
     assert sum(gpu.values()) == found["gpu_bytes"] == memory(40.5)["gpu.memory_bytes"]
     assert (found["experts"], found["all_experts"]) == (40, 64)
+    assert [one["share"] for one in found["by_bits"]] == [40 / 64, 1, 1]
+    assert found["by_bits"][0]["share"] == found["share"]
     assert advice.fits == "partly"
 
 
@@ -122,7 +126,7 @@ def test_the_answer_is_the_fastest_exact_policy(advice: Advice) -> None:
     assert refused["policy"] == "all-gpu"
     assert "\n" not in refused["error"]
     assert len(advice.frame()) == len(rows)
-    assert f"`{advice.policy}`" in repr(advice)
+    assert f" with {advice.policy}, " in repr(advice)
     assert str(advice.policy) in advice._repr_html_()
 
 
@@ -229,6 +233,45 @@ def test_policies_that_change_results_must_be_allowed(trace: Trace) -> None:
     assert allowed.policy == allowed.data["candidates"][0]["policy"]
 
 
+def test_what_sees_the_future_is_never_recommended(trace: Trace) -> None:
+    guesses = "dali:predictor=oracle"
+    found = ask(trace, 40.5, policies=["oracle", guesses], allow_changes=True)
+    changes = {row["policy"]: row["changes"] for row in found.data["candidates"]}
+    assert changes == {"oracle": FUTURE, guesses: FUTURE, "static": ""}
+    assert found.policy == "static"
+
+
+@pytest.mark.parametrize(
+    ("policy", "bits", "said"),
+    [
+        ("fate", 16, "fewer bits"),
+        ("fate:int2_rate=0.0", 4, ""),
+        ("ktransformers:deferred=1", 16, "experts late"),
+        ("pregated", 16, "retrained gates"),
+    ],
+)
+def test_changes_are_those_that_a_run_shows(
+    policy: str, bits: int, said: str, trace: Trace
+) -> None:
+    found = ask(trace, 40.5 * bits / 16, policies=[policy], bits=bits)
+    [row] = [row for row in found.data["candidates"] if row["policy"] == policy]
+    assert row["changes"] == said
+
+
+def test_an_engine_that_is_faster_says_so(trace: Trace) -> None:
+    found = ask(trace, 40.5, policies=["on-demand"]).data
+    best = found["recommended"]["decode_tokens_per_s"]
+    faster = [
+        row
+        for row in found["engines"]
+        if row["decode_tokens_per_s"] > 1.01 * best and not row["changes"]
+    ]
+    assert faster
+    for row in found["engines"]:
+        told = any(note.startswith("faster than") for note in row["notes"])
+        assert told == (row in faster)
+
+
 def test_what_fits_wholly_needs_no_offloading(trace: Trace) -> None:
     found = ask(trace, 64)
     assert found.fits == "wholly"
@@ -238,6 +281,8 @@ def test_what_fits_wholly_needs_no_offloading(trace: Trace) -> None:
     assert found.data["memory"]["most_context_wholly"] == CONTEXT
     assert [row["engine"] for row in found.data["engines"]] == ["llama.cpp"]
     assert found.data["engines"][0]["flags"] == f"-ngl 99 -c {CONTEXT}"
+    assert any("all-gpu stands for them all" in line for line in found.data["notices"])
+    assert not any("stands for" in n for n in ask(trace, 64, policies=None).data["notices"])
     assert ask(trace, 63.9).fits == "partly"
 
 
@@ -293,7 +338,10 @@ def test_naive_speed_is_bandwidth_over_active_bytes() -> None:
         ({"context": 1 << 30}, "context"),
         ({"bits": 3}, "bits"),
         ({"batch": 0}, "batch"),
+        ({"batch": 513}, "batch 513 is not in 1..512"),
+        ({"jobs": 0}, "jobs is 0"),
         ({"policies": ["lruu"]}, "lruu"),
+        ({"policies": "lru,lruu"}, "'lruu'"),
         ({"hardware": "abacus"}, "abacus"),
     ],
 )

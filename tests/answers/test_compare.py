@@ -336,6 +336,15 @@ def test_a_table_for_each_budget_and_batch(trace: Trace) -> None:
     assert found.rows[-2:] == single.rows
 
 
+def test_notices_of_any_policy_are_those_of_the_comparison(trace: Trace) -> None:
+    large = side_by_side(trace, budgets=["100GiB", "1GiB"], prompt=20).data
+    assert [line for line in large["notices"] if "more than the 24.00 GiB" in line] == [
+        "the budget of 100.00 GiB is more than the 24.00 GiB of NVIDIA GeForce RTX 3090"
+    ]
+    assert any("longer than any sequence" in line for line in large["notices"])
+    assert not side_by_side(trace, budget="1GiB").data["notices"]
+
+
 def test_loaded_objects_and_settings_do_as_names_do(trace: Trace) -> None:
     profile = load_profile(HARDWARE)[0]
     slow = msgspec.structs.replace(
@@ -452,6 +461,11 @@ def test_the_answer_names_the_fastest_by_how_much_and_the_second() -> None:
         "No policy that keeps results can exceed 40.0 tokens/s; lru reaches 50% of that",
     ]
     assert verdict.heading(cell) == "3.00 GiB for experts (25% of all), batch 2"
+
+
+def test_a_difference_that_is_small_but_certain_is_not_called_none() -> None:
+    cell = cell_like(row_like("lru", 20.0), row_like("dali", 19.99))
+    assert verdict.answer(cell).endswith("dali is second, less than 1% slower")
 
 
 def test_the_answer_tells_a_tie() -> None:

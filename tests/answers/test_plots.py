@@ -162,6 +162,7 @@ def test_the_bound_is_what_the_most_that_is_allowed_can_reach() -> None:
     (line,) = (
         line for line in panel_of(plots.throughput(rows)).lines if "exceeds" in line.get_label()
     )
+    assert line.get_drawstyle() == "steps-pre"  # between two budgets, that of the larger one
     assert line.get_xdata().tolist() == [8, 16]
     assert line.get_ydata().tolist() == [58, 66]
 

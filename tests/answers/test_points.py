@@ -10,7 +10,8 @@ import pytest
 import moesim
 from moesim.answers.inputs import Inputs, left_bytes
 from moesim.answers.parallel import spread
-from moesim.answers.points import Point, digest, flat, row_of
+from moesim.answers.points import Point, digest, flat, own_sources, row_of, source_of
+from moesim.answers.stretch import KINDS_OF
 from moesim.costs import COPY_LANES, TABLES_OF, build_costs, copy_ns, stretched
 from moesim.errors import InputError, MoesimError
 from moesim.model import kv_bytes_per_token, load_model
@@ -63,6 +64,42 @@ def test_a_digest_tells_points_apart_by_what_they_hold(tmp_path: Path) -> None:
     assert len({own, *map(digest, others)}) == 1 + len(others)
 
 
+def test_a_digest_does_not_hang_on_how_a_point_was_made() -> None:
+    """What is written out as its default is the default, in this process and in another."""
+    plain_point = Point(policy="lru", cache_ratio=0.25)
+    same = Point(policy="lru", cache_ratio=0.25, jitter=float("0"), synth={}, bits=16)
+    there = dict(spread(digest, [plain_point], apart=True))
+    assert {digest(plain_point), digest(same), *there.values()} == {digest(plain_point)}
+
+
+def test_a_digest_changes_with_code_and_what_a_trace_says_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = digest(SMALL)
+    trace = moesim.load_trace(example_path())
+    path = tmp_path / "trace.npz"
+    write_trace(msgspec.structs.replace(trace, meta={**trace.meta, "model": "other"}), path)
+    assert digest(msgspec.structs.replace(SMALL, trace=str(path))) != own
+
+    monkeypatch.setattr("moesim.answers.points.own_sources", lambda: "another simulator")
+    assert digest(SMALL) != own
+    code = tmp_path / "mine.py"
+    code.write_text("from moesim.policies.lru import Lru\n\nclass Mine(Lru):\n    pass\n", "utf-8")
+    mine = msgspec.structs.replace(SMALL, policy=str(code))
+    before = digest(mine)
+    code.write_text(code.read_text("utf-8") + "    lists = 3\n", "utf-8")
+    assert digest(mine) != before
+
+
+def test_code_of_another_package_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesim.answers.points.load_class", lambda _: Point)
+    source_of.cache_clear()
+    assert source_of("theirs").endswith("points.py")
+    assert source_of("lru") == ""
+    source_of.cache_clear()
+    assert len(own_sources()) == 64
+
+
 def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "trace.npz"
     trace = moesim.load_trace(example_path())
@@ -88,6 +125,14 @@ def test_a_stretched_section_takes_so_many_times_as_long() -> None:
             row_of(msgspec.structs.replace(own, stretch=stretch))["makespan_ns"]
             > (plain_row["makespan_ns"])
         )
+
+
+def test_sections_stretch_every_number_once() -> None:
+    kinds = [kind for own in KINDS_OF.values() for kind in own]
+    tables = [name for kind in kinds for name in TABLES_OF.get(kind, ())]
+    lanes = [COPY_LANES[kind] for kind in kinds if kind in COPY_LANES]
+    assert sorted(tables) == sorted({name for names in TABLES_OF.values() for name in names})
+    assert sorted(lanes) == sorted(set(COPY_LANES.values()))
 
 
 def test_stretched_costs_by_hand() -> None:
@@ -121,6 +166,24 @@ def test_bad_points_are_one_line(change: dict[str, Any], said: str) -> None:
         row_of(msgspec.structs.replace(SMALL, **change))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cache_ratio": float("nan")}, "cache ratio nan is not in 0..1"),
+        ({"cache_ratio": float("inf")}, "cache ratio inf is not in 0..1"),
+        ({"cache_ratio": 1.5}, "cache ratio 1.5 is not in 0..1"),
+        ({"cache_ratio": -0.5}, "cache ratio -0.5 is not in 0..1"),
+        ({"budget": -1}, "a budget of -1 bytes"),
+        ({"seed": -1}, "seed -1 is not in 0..2147483647"),
+        ({"machine": "numba"}, "no machine named 'numba'; there are: auto, simpy, compiled"),
+    ],
+)
+def test_the_library_refuses_what_the_command_does(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        moesim.replay(policy="static", prompt=4, **options)
+    assert said in str(caught.value)
 
 
 def test_loaded_things_and_names_are_the_same() -> None:

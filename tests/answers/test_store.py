@@ -20,6 +20,8 @@ from moesim.answers.store import (
 )
 from moesim.errors import InputError
 
+NEITHER = b'{"point": {}, "seconds": 1}'
+"""No row, and no reason why."""
 ROW = {"a": 1, "b": 0.1 + 0.2, "c": "x", "d": None, "e": [0.5, None], "f": True}
 
 
@@ -41,7 +43,9 @@ def test_what_is_kept_is_read_back_exactly(store: Store) -> None:
 
 
 def test_a_broken_file_is_as_good_as_none(store: Store) -> None:
-    for at, content in enumerate((b"", b"{", b'{"point": {}, "seconds": 1, "colour": 2}', b"\xff")):
+    for at, content in enumerate(
+        (b"", b"{", b'{"point": {}, "seconds": 1, "colour": 2}', b"\xff", NEITHER)
+    ):
         store.path(f"{at}").write_bytes(content)
 
         assert store.read(f"{at}") is None
@@ -97,6 +101,10 @@ def test_a_column_has_one_kind(values: list[Any], kind: str) -> None:
     assert kinds_of({"x": value} for value in reversed(values)) == {"x": kind}
 
 
+def test_the_column_of_errors_has_one_type_with_and_without_errors() -> None:
+    assert kinds_of([{"error": None}]) == kinds_of([{"error": "no room"}]) == {"error": "text"}
+
+
 def test_columns_come_in_the_order_of_their_first_row() -> None:
     assert list(kinds_of([{"a": None, "b": 1}, {"c": 1, "a": 2}])) == ["a", "b", "c"]
 
@@ -139,3 +147,4 @@ def test_a_file_that_cannot_be_finished_replaces_nothing(tmp_path: Path) -> None
         write_table(path, {"x": "int"}, [{"x": "no"}])
 
     assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["t.parquet"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +24,8 @@ from moesim.answers.sweep import folder_of, plan_of, sweep
 from moesim.answers.swept import MEMORY, SPEED, Swept, front
 from moesim.errors import InputError
 from moesim.sim.engine import Choice
+from moesim.traces.bundled import example_path
+from moesim.traces.format import read_trace, write_trace
 
 FIXED = {"prompt": 4, "generate": 4, "machine": "simpy", "hardware": "rtx3090-pcie4-ddr4"}
 GRID = {
@@ -65,11 +68,16 @@ def files(output: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> pd.DataFrame:
-    return results(sweep(GRID, jobs=1))
+def swept() -> Swept:
+    return sweep(GRID, jobs=1)
 
 
-def test_each_point_is_its_replay(expected: pd.DataFrame) -> None:
+@pytest.fixture(scope="module")
+def expected(swept: Swept) -> pd.DataFrame:
+    return results(swept)
+
+
+def test_each_point_is_its_replay(swept: Swept, expected: pd.DataFrame) -> None:
     assert len(expected) == 12
     assert list(expected.columns[:5]) == ["policy", "cache_ratio", "seed", "point", "error"]
     assert list(zip(expected.policy, expected.cache_ratio, expected.seed, strict=True)) == [
@@ -78,7 +86,7 @@ def test_each_point_is_its_replay(expected: pd.DataFrame) -> None:
         for ratio in (0.25, 0.5)
         for seed in (0, 1)
     ]
-    row = list(sweep(GRID, jobs=1).rows())[3]
+    row = list(swept.rows())[3]
     found = moesim.replay(policy="lru", cache_ratio=0.5, seed=1, **FIXED)  # type: ignore[arg-type]
     own = {"run.policy" if k == "policy" else k: v for k, v in flat(found.data).items()}
     del own["run.wall_s"]
@@ -236,15 +244,54 @@ def test_a_killed_process_costs_only_its_point(tmp_path: Path) -> None:
 
 
 def test_a_point_that_kills_its_processes_is_failed(tmp_path: Path) -> None:
+    """Few points are done in this process, but not those at which an earlier one was killed."""
     (tmp_path / "mortal.py").write_text(MORTAL, encoding="utf-8")
-    grid = {**FIXED, "cache_ratio": 0.5, "grid": {"seed": list(range(12))}}
     policy = str(tmp_path / "mortal.py")
-    swept = sweep({**grid, "policy": f"{policy}:lives=99"}, tmp_path / "r.parquet", 2)
+    grid = {**FIXED, "cache_ratio": 0.5, "policy": f"{policy}:lives=99", "grid": {"seed": [2, 3]}}
+    output = tmp_path / "r.parquet"
+    store = Store(folder_of(output))
+    store.folder.mkdir()
+    store.begin(plan_of(grid_of(grid), store).tasks[1].digest)
+    swept = sweep(grid, output, 1)
 
     assert [row["seed"] for row in swept.failed] == [3]
     assert swept.failed[0]["error"].startswith("its process was killed 3 times")
-    assert len(swept.good) == 11
+    assert len(swept.good) == 1
     assert (tmp_path / "deaths").read_text() == "xxx"
+
+
+def test_what_changes_while_it_is_swept_is_not_kept(tmp_path: Path) -> None:
+    """A result would be kept as that of the file as it was."""
+    trace = tmp_path / "trace.npz"
+    trace.write_bytes(example_path().read_bytes())
+    grid = {**FIXED, "trace": str(trace), "cache_ratio": 0.5, "grid": {"seed": [0, 1, 2]}}
+    output = tmp_path / "r.parquet"
+
+    def progress(done: int, total: int) -> None:
+        write_trace(read_trace(trace).at(np.arange(2000)), trace)
+
+    with pytest.raises(InputError, match="has changed since the sweep began"):
+        sweep(grid, output, 1, progress=progress)
+    assert len(files(output)) == 1
+    assert not output.exists()
+    assert sweep(grid, output, 1).earlier == 0
+
+
+def test_the_table_is_written_before_another_sweep_may_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "r.parquet"
+
+    def write_table(*_: Any) -> None:
+        with pytest.raises(InputError, match="another sweep is writing there"):
+            sweep({**FIXED, "cache_ratio": 0.5}, output, 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moesim.answers.sweep.write_table", write_table)
+        sweep({**FIXED, "cache_ratio": 0.5}, output, 1)
+    assert not output.exists()
+    sweep({**FIXED, "cache_ratio": 0.5}, output, 1)
+    assert output.exists()
 
 
 # Failures.
@@ -260,6 +307,8 @@ class Faulty(Lru):
             raise MemoryError
         if setting.seed == 2:
             raise ZeroDivisionError("two\\nlines")
+        if setting.seed == 3:
+            raise SystemExit(0)
         made = Lru.new(setting)
         return cls(made.cache, made.staging)
 """
@@ -271,29 +320,30 @@ def test_failures_are_noted_and_stop_nothing(tmp_path: Path) -> None:
     policy = str(tmp_path / "faulty.py")
     grid = {
         **FIXED,
-        "grid": {"policy": [policy], "budget": [1, "4MiB"], "seed": [0, 1, 2]},
+        "grid": {"policy": [policy], "budget": [1, "4MiB"], "seed": [0, 1, 2, 3]},
     }
     swept = sweep(grid, output, 1)
     table = pq.read_table(output).to_pylist()
 
-    assert [row["error"] is None for row in table] == [False, False, False, True, False, False]
-    assert {row["error"].partition(" of 1 byte")[0] for row in table[:3]} == {"a budget"}
-    assert "two lines" in table[5]["error"]
+    assert [row["error"] is None for row in table] == [*[False] * 4, True, *[False] * 3]
+    assert {row["error"].partition(" of 1 byte")[0] for row in table[:4]} == {"a budget"}
+    assert "two lines" in table[6]["error"]
+    assert table[7]["error"] == "SystemExit: 0"
     assert all("\n" not in (row["error"] or "") for row in table)
     assert [row["tokens_per_s"] is None for row in table] == [
         row["error"] is not None for row in table
     ]
-    assert [row["budget"] for row in table] == ["1", "1", "1", "4MiB", "4MiB", "4MiB"]
-    assert len(swept.failed) == 5
+    assert [row["budget"] for row in table] == [*["1"] * 4, *["4MiB"] * 4]
+    assert len(swept.failed) == 7
     assert len(swept.good) == 1
 
     before = files(output)
-    assert len(sweep(grid, output, 1).failed) == 5
+    assert len(sweep(grid, output, 1).failed) == 7
     assert files(output) == before
     assert plan_of(grid_of(grid), Store(folder_of(output)), True).done == 1
     swept = sweep(grid, output, 1, retry_failed=True)
     after = files(output)
-    assert len(swept.failed) == 5
+    assert len(swept.failed) == 7
     assert sum(before[name] == after[name] for name in before) == 1
 
 
@@ -390,11 +440,6 @@ def test_few_points_are_not_worth_processes() -> None:
 
 
 # What came of it.
-
-
-@pytest.fixture(scope="module")
-def swept() -> Swept:
-    return sweep(GRID, jobs=1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=30))

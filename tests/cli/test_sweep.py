@@ -1,7 +1,6 @@
 """`moesim sweep`: what it prints and writes, and that it goes on where it was killed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -155,12 +154,12 @@ def test_without_a_terminal_a_line_now_and_then(
     now = iter([0.0, 10.0, 31.0, 45.0, 70.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     progress = module.lines()
-    for done in (11, 12, 13, 14):
+    for done in (11, 12, 13, 14, 15):
         progress(done, 110)
 
     assert capsys.readouterr().err.splitlines() == [
-        "note: 12 of 110 points, about 25 min left",
-        "note: 14 of 110 points, about 28 min left",
+        "note: 13 of 110 points, about 25 min left",
+        "note: 15 of 110 points, about 28 min left",
     ]
 
 
@@ -184,8 +183,16 @@ grid:
 """
 
 
+def alive(group: int) -> bool:
+    """Say whether a process of a group has not ended."""
+    found = subprocess.run(["ps", "-A", "-o", "pgid=,stat="], check=True, capture_output=True)
+    lines = [line.split() for line in found.stdout.decode().splitlines()]
+    return any(int(own) == group and not state.startswith("Z") for own, state in lines)
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_sweep_goes_on_with_what_is_left(cli: Cli, tmp_path: Path, jobs: int) -> None:
+    """Its processes end soon after it."""
     path, output = tmp_path / "grid.yaml", tmp_path / "r.parquet"
     path.write_text(SLOW, "utf-8")
     words = ["sweep", str(path), "-o", str(output), "--jobs", str(jobs)]
@@ -199,8 +206,12 @@ def test_a_killed_sweep_goes_on_with_what_is_left(cli: Cli, tmp_path: Path, jobs
     ) as running:
         while running.poll() is None and len(list(folder.glob("*.json"))) < 4:
             time.sleep(0.002)
-        os.killpg(running.pid, signal.SIGKILL)
+        running.kill()
     assert running.returncode == -signal.SIGKILL
+    until = time.monotonic() + 30
+    while alive(running.pid):
+        assert time.monotonic() < until
+        time.sleep(0.05)
     assert not output.exists()
     before = {file.name: file.stat() for file in folder.glob("*.json")}
     assert 4 <= len(before) < 24

@@ -255,7 +255,7 @@ def assert_same_hits(run: Replayed, trace: Trace) -> int:
     expected = protected(rule, steps, run.prepared.policy.cache.capacity.tolist())
     assert logged(run) == expected
     hits = sum(len(hits) for hits, _ in expected.values())
-    counts = np.asarray(run.prepared.host.counts)[:, :, 0]
+    counts = np.asarray(run.prepared.host.counts).sum(axis=0)[:, :, 0]
     assert counts[:, RESIDENT].sum() == hits
     prefill = sum(len(hits) for (step, _), (hits, _) in expected.items() if step == 0)
     assert counts[0, RESIDENT] == prefill

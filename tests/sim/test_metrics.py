@@ -318,8 +318,11 @@ def test_the_identity_changes_with_every_input() -> None:
         if "model" in changes:
             model = msgspec.structs.replace(model, vocab=9)
         machine = lab.quiet_machine(*changes.get("machine", ()))
+        workload = cut(trace)
+        if "workload" in changes:
+            workload = msgspec.structs.replace(workload, earlier=1)
         prepared = prepare(
-            trace, cut(trace), model, machine, choose("lru"), budget_bytes=8 * 6 * 8 * 8
+            trace, workload, model, machine, choose("lru"), budget_bytes=8 * 6 * 8 * 8
         )
         found: dict[str, Any] = summarize(replay(prepared))["run"]
         return found
@@ -329,10 +332,11 @@ def test_the_identity_changes_with_every_input() -> None:
         "trace": {"trace": True},
         "model_digest": {"model": True},
         "hardware_digest": {"machine": ("disk.latency_ns=1",)},
+        "workload": {"workload": True},
     }
     for key, changes in cases.items():
         changed = identity(**changes)
-        digests = ("trace", "model_digest", "hardware_digest")
+        digests = ("trace", "model_digest", "hardware_digest", "workload")
         assert [name for name in digests if changed[name] != plain[name]] == [key]
     assert plain["layer_steps"] == plain["steps"] * 2
     assert plain["parameters"] == {"staging": 2, "rule": "lru"}

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesim import __version__
-from moesim.answers.compare import policies_of
+from moesim.answers.compare import names_in, policies_of
 from moesim.answers.engines import EngineSetting, settings_for
 from moesim.answers.inputs import MAX_CONTEXT, RESERVE_BYTES
 from moesim.answers.memory import (
@@ -25,6 +25,7 @@ from moesim.answers.memory import (
 )
 from moesim.answers.phases import (
     DECODE,
+    PROMPT,
     Clock,
     Kind,
     Measured,
@@ -37,6 +38,7 @@ from moesim.answers.phases import (
 from moesim.answers.result import frame_of
 from moesim.answers.ties import CERTAIN, Timed, doubt, own_doubt
 from moesim.answers.uncertainty import uncertainty_of
+from moesim.answers.verdict import FUTURE
 from moesim.errors import InputError
 from moesim.model import ModelSpec, load_model, model_digest
 from moesim.profile import HardwareProfile, load_profile, profile_digest, with_overrides
@@ -122,7 +124,7 @@ class Upgrade(NamedTuple):
 def advise(
     model: ModelSpec | str, *, hardware: HardwareProfile | str | None = None,
     trace: Trace | Path | str | None = None, context: int = 4096, bits: int = 16, batch: int = 1,
-    settings: Mapping[str, Any] | None = None, policies: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None, policies: str | Sequence[str] | None = None,
     allow_changes: bool = False, jobs: int | None = None, machine: str = "auto",
     progress: Progress | None = None,
 ) -> Advice:  # fmt: skip
@@ -131,7 +133,8 @@ def advise(
     `hardware` None is this machine's profile, or else a preset; `trace` None is routing made up
     after statistics. Each of `batch` sequences has `context` tokens. `policies` are compared in
     place of `POLICIES`, `all` being all that ship with moesim; those that change the model's
-    results are recommended only if `allow_changes` says so. `jobs` processes work, by default one
+    results are recommended only if `allow_changes` says so, those that see the future never. Where
+    all experts fit on the GPU, none of them is replayed. `jobs` processes work, by default one
     per core; `progress` is called with the replays done and those in all so far.
 
     Raises MoesimError, in one line, for what is not there or not legal; what does not fit is an
@@ -139,10 +142,14 @@ def advise(
     """
     if not LEAST_CONTEXT <= context <= MAX_CONTEXT:
         raise InputError(f"context {context} is not in {LEAST_CONTEXT}..{MAX_CONTEXT}")
-    if batch < 1:
-        raise InputError(f"batch {batch} is not at least 1")
+    if not 1 <= batch <= PROMPT:
+        raise InputError(f"batch {batch} is not in 1..{PROMPT}")
     if bits not in PRECISIONS:
-        raise InputError(f"bits {bits}: legal are {', '.join(map(str, PRECISIONS))}")
+        raise InputError(f"bits {bits!r}: legal are {', '.join(map(str, PRECISIONS))}")
+    if jobs is not None and jobs < 1:
+        raise InputError(f"jobs is {jobs}; it must be at least 1")
+    if isinstance(policies, str):
+        policies = names_in(policies)
     chosen = policies_of([*(POLICIES if policies is None else policies), BASELINE])
     specs = [one.spec for one in chosen]
     spec = load_model(model) if isinstance(model, str) else model
@@ -200,6 +207,10 @@ def advise(
         + f", {CERTAIN:.0f} standard deviations",
         "upgrades change what they name and nothing else: how lanes slow each other down is kept",
     ]
+    if data["fits"] == "wholly" and policies is not None:
+        data["notices"].append(
+            f"all experts fit on the GPU, where policies do not differ: {WHOLE} stands for them all"
+        )
     if any(row["gain"] < -UNCHANGED for row in data["upgrades"]):
         data["notices"].append(
             "an upgrade with a loss: policies decide otherwise there, and those tried no better"
@@ -236,7 +247,11 @@ def answers(
     candidates, refused = candidates_of(specs, pairs)
     if not candidates:
         raise InputError(f"no policy can run: {refused[0]['error']}")
-    legal = [row for row in candidates if allow_changes or not row["changes"]]
+    legal = [
+        row
+        for row in candidates
+        if not row["changes"] or (allow_changes and FUTURE not in row["changes"])
+    ]
     if not legal:
         raise InputError("every policy that can run changes results: --allow-changes recommends it")
     best = legal[0] if not whole else next(r for r in legal if r["policy"] == WHOLE)
@@ -432,8 +447,10 @@ def rows_of_engines(
             continue
         loss = 1 - decode.tokens_per_s / best
         notes = list(setting.notes)
-        if policy not in (setting.policy, WHOLE) and loss > 0:
+        if policy not in (setting.policy, WHOLE) and loss > UNCHANGED:
             notes.append(f"{setting.engine} cannot do what {policy} does: {loss:.0%} are lost")
+        elif loss < -UNCHANGED and not setting.changes_results:
+            notes.append(f"faster than {policy}, the fastest of the policies above")
         rows.append(
             {
                 "engine": setting.engine,
@@ -469,7 +486,7 @@ def headline(data: Mapping[str, Any]) -> str:
         return f"{where}: does not fit; {' and '.join(lacks(data['memory']))}"
     line = (
         f"{where}: {found['decode_tokens_per_s']:.1f} tokens/s {'in all ' * (data['batch'] > 1)}"
-        f"({found['decode_low']:.1f}-{found['decode_high']:.1f}) with `{found['policy']}`"
+        f"({found['decode_low']:.1f}-{found['decode_high']:.1f}) with {found['policy']}"
     )
     if data["fits"] == "wholly":
         return f"{line}: the whole model fits on the GPU"

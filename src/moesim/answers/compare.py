@@ -17,7 +17,7 @@ import numpy as np
 
 from moesim import __version__
 from moesim.answers import verdict
-from moesim.answers.inputs import Inputs
+from moesim.answers.inputs import Inputs, check_ratio
 from moesim.answers.parallel import processes, spread
 from moesim.answers.points import Named, Point, flat, prepared_of
 from moesim.answers.result import frame_of
@@ -296,8 +296,8 @@ def budgets_of(
     sizes = [budget] if budgets is None else list(budgets)
     ratios = [cache_ratio] if cache_ratios is None else list(cache_ratios)
     for ratio in ratios:
-        if ratio is not None and not 0 <= ratio <= 1:
-            raise InputError(f"cache ratio {ratio} is not in 0..1")
+        if ratio is not None:
+            check_ratio(ratio)
     if not sizes or not ratios:
         raise InputError("budgets: none are given; write one or more, as 4GiB,8GiB")
     return [(size, ratio) for size in sizes for ratio in ratios]
@@ -334,7 +334,11 @@ def cell_of(given: Inputs, first: Point, windows: int) -> Cell:
     tokens = sum(int(work.generated.sum()) for work in works)
     cell = Cell(given, tuple(points), 0, tokens)
     prepared = [prepared_of(one, cell.named) for one in cell.points_of(ANY)]
-    return cell._replace(bound_ns=sum(bound(one).makespan_ns for one in prepared))
+    said = (line for one in prepared for line in one.notices)
+    return cell._replace(
+        given=given._replace(notices=(*given.notices, *said)),
+        bound_ns=sum(bound(one).makespan_ns for one in prepared),
+    )
 
 
 def tasks_of(

@@ -7,14 +7,14 @@ import gzip
 import hashlib
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from moesim.answers.store import imported
+from moesim.answers.store import ROWS_AT_ONCE, imported
 from moesim.errors import InputError
 from moesim.sim.metrics import TIMES
 from moesim.types import CAUSES, LANES
@@ -56,6 +56,7 @@ class Identity(Struct, kw_only=True):
     moesim: str
     machine: str
     trace: str
+    workload: str = ""
     model: str
     model_digest: str
     hardware: str
@@ -63,6 +64,7 @@ class Identity(Struct, kw_only=True):
     budget_bytes: int
     bits: int
     seed: int
+    jitter: float = 0.0
     layer_steps: int
     operations: int
 
@@ -407,35 +409,39 @@ def read_sweep(path: Path) -> Swept:
     """Read the table of a sweep; raise InputError for any other, and without pyarrow."""
     parquet = imported("pyarrow.parquet")
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            blocks = file.iter_batches(ROWS_AT_ONCE)
+            return points_of((row for block in blocks for row in block.to_pylist()), str(path))
     except (OSError, ValueError, NotImplementedError) as error:  # bases of pyarrow's own errors
         raise InputError(f"{path}: cannot be read: {str(error).partition(chr(10))[0]}") from None
-    return points_of(rows, str(path))
 
 
-def points_of(rows: Sequence[Mapping[str, Any]], name: str) -> Swept:
+def points_of(rows: Iterable[Mapping[str, Any]], name: str) -> Swept:
     """Return the rows of a sweep in their form; raise InputError for any others."""
-    if not rows or not {"point", "error"} <= rows[0].keys():
-        raise InputError(f"{name}: is no table of `moesim sweep`; {takes()}")
-    columns = list(rows[0])
-    keys = columns[: columns.index("point")]
-    shared = {}
-    for key in Identity.__struct_fields__:
-        values = {str(row.get(f"run.{key}")) for row in rows if row["error"] is None}
-        if len(values) == 1:
-            shared[key] = values.pop()
-    try:
-        points = [
-            Point(
-                swept={key: row[key] for key in keys},
-                row=None if row["error"] is not None else msgspec.convert(nested(row), Row),
-                error=row["error"],
-            )
-            for row in rows
-        ]
-    except msgspec.ValidationError as error:
-        raise InputError(f"{name}: is no table of `moesim sweep`: {error}") from None
-    return Swept(points, shared)
+    unknown = InputError(f"{name}: is no table of `moesim sweep`; {takes()}")
+    points: list[Point] = []
+    keys: list[str] = []
+    shared: dict[str, set[Any]] = {key: set() for key in Identity.__struct_fields__}
+    for row in rows:
+        if not {"point", "error"} <= row.keys():
+            raise unknown
+        if not points:
+            columns = list(row)
+            keys = columns[: columns.index("point")]
+        own = None
+        if row["error"] is None:
+            try:
+                own = msgspec.convert(nested(row), Row)
+            except msgspec.ValidationError as error:
+                raise InputError(f"{name}: is no table of `moesim sweep`: {error}") from None
+            for key, values in shared.items():
+                if len(values) < 2:
+                    values.add(row.get(f"run.{key}"))
+        points.append(Point(swept={key: row[key] for key in keys}, row=own, error=row["error"]))
+    if not points:
+        raise unknown
+    one = {key: values.pop() for key, values in shared.items() if len(values) == 1}
+    return Swept(points, {key: str(value) for key, value in one.items() if value is not None})
 
 
 def nested(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, get_type_hints
 
 import msgspec
 
-from moesim.answers.points import Point, digest, kept_profile
+from moesim.answers.inputs import MAX_CONTEXT
+from moesim.answers.points import Point, changed, digest, kept_profile
 from moesim.answers.stretch import SECTIONS, check_sections
 from moesim.errors import InputError, MoesimError
 from moesim.model import model_names
@@ -36,6 +37,8 @@ from moesim.profile import (
     user_profile_path,
     with_overrides,
 )
+from moesim.run import MAX_SEED
+from moesim.sim.engine import WANTED
 from moesim.traces.synthetic import synthesize
 
 MOST_POINTS = 1_000_000
@@ -43,8 +46,8 @@ TABLES = {"hardware": "settings", "stretch": "stretch", "trace": "synth"}
 """Fields of a point that hold several things, by what their keys begin with in a grid."""
 FIELDS = tuple(name for name in Point.__struct_fields__ if name not in TABLES.values())
 ARGUMENTS = tuple(inspect.signature(synthesize).parameters)
-MACHINES = ("auto", "simpy", "compiled")
-MOST_SEED = (1 << 31) - 1
+MOST_NUMBER = 1 << 63
+"""A number is less: tables have 64 bits."""
 
 
 class Axis(NamedTuple):
@@ -234,6 +237,8 @@ def check_scalar(key: str, value: Any) -> None:
     """Raise InputError for a value that is none by itself."""
     if not isinstance(value, str | int | float | None):
         raise InputError(f"{key}: {value!r} is no number and no text")
+    if isinstance(value, int | float) and not -MOST_NUMBER <= value < MOST_NUMBER:
+        raise InputError(f"{key}: {value} is too large, or no number")
 
 
 def check_points(grid: Grid) -> None:
@@ -252,7 +257,8 @@ def check_points(grid: Grid) -> None:
             machine = (point.hardware, *sorted(point.settings.items()))
             if machine not in machines:
                 machines.add(machine)
-                with_overrides(kept_profile(point.hardware, 0), point.settings)
+                hardware = point.hardware or ""
+                with_overrides(kept_profile(hardware, changed(hardware)), point.settings)
 
 
 def check_numbers(point: Point) -> None:
@@ -265,7 +271,8 @@ def check_numbers(point: Point) -> None:
         ("generate", point.generate, 1, None),
         ("start", point.start, 0, None),
         ("layers", point.layers, 1, None),
-        ("seed", point.seed, 0, MOST_SEED),
+        ("context", point.context, 0, MAX_CONTEXT),
+        ("seed", point.seed, 0, MAX_SEED),
         ("jitter", point.jitter, 0, 1),
     ):
         if value is not None and not (least <= value and (most is None or value <= most)):
@@ -273,7 +280,7 @@ def check_numbers(point: Point) -> None:
             raise InputError(f"{name} is {value}; legal are {legal}")
     for name, text, words in (
         ("bits", point.bits, (16, 8, 4)),
-        ("machine", point.machine, MACHINES),
+        ("machine", point.machine, WANTED),
     ):
         if text not in words:
             raise InputError(f"{name} is {text}; legal are {', '.join(map(str, words))}")

@@ -23,7 +23,7 @@ from moesim.model import (
 from moesim.policies.registry import Chosen
 from moesim.profile import HardwareProfile, load_profile, with_overrides
 from moesim.run import Prepared, prepare
-from moesim.sizes import parse_size
+from moesim.sizes import parse_size, size_in_words
 from moesim.traces.bundled import example_path
 from moesim.traces.edit import take
 from moesim.traces.format import Trace
@@ -155,6 +155,12 @@ def size_bytes(size: int | str) -> int:
     return found
 
 
+def check_ratio(ratio: float) -> None:
+    """Raise InputError for what is no share of all experts."""
+    if not 0 <= ratio <= 1:  # nor nan
+        raise InputError(f"cache ratio {ratio} is not in 0..1")
+
+
 def left_bytes(spec: ModelSpec, profile: HardwareProfile, tokens: int) -> tuple[int, int, int]:
     """Return what a GPU has left for experts, and what the others take, all in bytes.
 
@@ -181,6 +187,7 @@ def budget_of(
     if budget is not None:
         return size_bytes(budget), ""
     if ratio is not None:
+        check_ratio(ratio)
         return int(ratio * experts * one), ""
     left, other, kept = left_bytes(spec, profile, workload.kv_tokens)
     if left < one:
@@ -190,10 +197,7 @@ def budget_of(
         )
     left = min(left, experts * one * MOST_OF_ALL[0] // MOST_OF_ALL[1])
     share = min(1.0, left / (experts * one))
-    unit, name = (2**30, "GiB") if left >= 2**30 else (2**20, "MiB")
-    said = (
-        f"budget {left / unit:.2f} {name}, {share:.0%} of all experts: what {profile.gpu.name} has"
-    )
+    said = f"budget {size_in_words(left)}, {share:.0%} of all experts: what {profile.gpu.name} has"
     if share == 1:
         return left, f"{said}; policies differ where experts do not fit: try --cache-ratio 0.25"
     return left, f"{said} left"

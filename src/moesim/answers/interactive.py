@@ -44,10 +44,28 @@ class Plot(NamedTuple):
     note: str = ""
 
 
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return names of which no two are the same: plotly would draw those as one.
+
+    Those that are cut, or of runs that are told apart by something else, may be.
+    """
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return found
+
+
+def cut(text: object) -> str:
+    """Return a name, a long one cut."""
+    whole = str(text)
+    return whole if len(whole) <= LONGEST else whole[: LONGEST - 1] + "…"
+
+
 def plain(text: object) -> str:
     """Return a name for plotly, in which nothing is a tag; long ones are cut."""
-    whole = str(text)
-    return html.escape(whole if len(whole) <= LONGEST else whole[: LONGEST - 1] + "…", quote=False)
+    return html.escape(cut(text), quote=False)
 
 
 def said(text: object) -> str:
@@ -83,16 +101,28 @@ def names_axis(names: Sequence[str], **more: Any) -> dict[str, Any]:
     return axis("", categoryorder="array", categoryarray=names, ticksuffix=" ", **more)
 
 
-def labels(rows: Sequence[Row]) -> list[str]:
-    """Return a name for each row: its policy, and budget and batch where rows differ in them."""
+def labels(rows: Sequence[Row], shown: Sequence[Row]) -> list[str]:
+    """Return the names of some rows for plotly; see `names_of`."""
+    return [html.escape(name, quote=False) for name in names_of(rows, shown)]
+
+
+def names_of(rows: Sequence[Row], shown: Sequence[Row]) -> list[str]:
+    """Return a name for each row shown: its policy, and budget and batch where rows differ in them.
+
+    A row has the same name in all pictures of the same rows.
+    """
     budgets = len({row.budget_bytes for row in rows}) > 1
     batches = len({row.batch for row in rows}) > 1
-    return [
-        plain(row.policy)
-        + (f", {size_in_words(row.budget_bytes)}" if budgets else "")
-        + (f", batch {row.batch}" if batches else "")
-        for row in rows
-    ]
+    names = distinct(
+        [
+            cut(row.policy)
+            + (f", {size_in_words(row.budget_bytes)}" if budgets else "")
+            + (f", batch {row.batch}" if batches else "")
+            for row in rows
+        ]
+    )
+    name_of = {id(row): name for row, name in zip(rows, names, strict=True)}
+    return [name_of[id(row)] for row in shown]
 
 
 def speeds(rows: Sequence[Row]) -> Plot:
@@ -102,7 +132,7 @@ def speeds(rows: Sequence[Row]) -> Plot:
     if len({row.batch for row in rows}) > 1:
         return lines(rows, "batch")
     shown = sorted(rows, key=lambda row: row.tokens_per_s)[-MOST_BARS:]
-    names = labels(shown)
+    names = labels(rows, shown)
     bars: dict[str, Any] = {
         "type": "bar", "orientation": "h", "name": "tokens/s",
         "x": [row.tokens_per_s for row in shown], "y": names,
@@ -218,10 +248,8 @@ def times(rows: Sequence[Row]) -> Plot:
     """Draw what the GPU did or waited for, as bars that are stacked to the whole run."""
     shown = sorted(rows, key=lambda row: -row.tokens_per_s)[:MOST_BARS]
     shown.sort(key=lambda row: (row.budget_bytes, row.batch, row.tokens_per_s))
-    names = labels(shown)
+    names = labels(rows, shown)
     named = list(zip(shown, names, strict=True))
-    seen = {cause for row in shown for cause, ns in row.time_ns.items() if ns}
-    order = [cause for cause in TIMES if cause in seen] + sorted(seen - set(TIMES))
     data = [
         {
             "type": "bar", "orientation": "h", "name": said(cause), "y": names,
@@ -230,7 +258,7 @@ def times(rows: Sequence[Row]) -> Plot:
             "hovertext": [time_share(row, cause, name) for row, name in named],
             "hovertemplate": "%{hovertext}<extra></extra>",
         }
-        for cause in order
+        for cause in causes_of(shown)
     ]  # fmt: skip
     layout = {
         "barmode": "stack",
@@ -240,6 +268,12 @@ def times(rows: Sequence[Row]) -> Plot:
         "height": max(300, 130 + 26 * len(shown)),
     }
     return Plot("Where the time went", data, layout, cut_note(len(shown), len(rows)))
+
+
+def causes_of(rows: Sequence[Row]) -> list[str]:
+    """Return what the GPU did or waited for in some row, in the order of `TIMES`."""
+    seen = {cause for row in rows for cause, ns in row.time_ns.items() if ns}
+    return [cause for cause in TIMES if cause in seen] + sorted(seen - set(TIMES))
 
 
 def per_token_ms(row: Row, cause: str) -> float:
@@ -266,7 +300,7 @@ def hits(rows: Sequence[Row]) -> Plot | None:
         return None
     layers = max(len(row.hit_rate_by_layer or ()) for row in shown)
     data = []
-    for row, name in zip(shown, labels(shown), strict=True):
+    for row, name in zip(shown, labels(rows, shown), strict=True):
         look = look_of(row.policy)
         rates = row.hit_rate_by_layer or []
         data.append(
@@ -326,7 +360,7 @@ def setting(point: Point) -> str:
 def advice(found: Advised) -> Plot:
     """Draw what each policy decodes, in tokens/s, the recommended one with its range."""
     rows = list(reversed(found.candidates))
-    names = [plain(row.policy) for row in rows]
+    names = distinct([plain(row.policy) for row in rows])
     best = found.recommended
     data = [
         {
@@ -430,7 +464,7 @@ def log_axis(ends: Sequence[float]) -> dict[str, Any]:
 def errors(found: Validated) -> Plot:
     """Draw what each policy's error consists of: bars left of 0 are too short when simulated."""
     rows = list(reversed(found.policies))
-    names = [plain(row.policy) for row in rows]
+    names = distinct([plain(row.policy) for row in rows])
     seen = {cause for row in rows for cause, part in row.time_ns.items() if part.part}
     order = [cause for cause in TIMES if cause in seen] + sorted(seen - set(TIMES))
     data = []

@@ -40,7 +40,7 @@ def memory_of(asked: Question) -> dict[str, Any]:
     `gpu` sums to the GPU's memory; `missing` is what it lacks for everything but experts.
     """
     spec, profile, bits = asked.spec, asked.profile, asked.bits
-    tokens = asked.context * asked.batch
+    tokens, experts = asked.context * asked.batch, spec.layers * spec.experts
     left, other, kept = left_bytes(spec, profile, tokens)
     one, everything = asked.expert_bytes, asked.all_bytes
     budget = min(max(0, left), everything)
@@ -61,7 +61,7 @@ def memory_of(asked: Question) -> dict[str, Any]:
         "host_experts": on_host,
         "budget_bytes": budget,
         "experts": budget // one,
-        "all_experts": spec.layers * spec.experts,
+        "all_experts": experts,
         "share": budget / everything,
         "missing": max(0, -left),
         "host_missing": max(0, on_host - profile.cpu.memory_bytes),
@@ -70,15 +70,12 @@ def memory_of(asked: Question) -> dict[str, Any]:
         "by_bits": [
             {
                 "bits": each,
-                "all_bytes": spec.layers * spec.experts * expert_bytes(spec, each),
-                "share": min(
-                    1.0,
-                    max(0, left) / (spec.layers * spec.experts * expert_bytes(spec, each)),
-                ),
-                "host_fits": spec.layers * spec.experts * expert_bytes(spec, each)
-                <= profile.cpu.memory_bytes,
+                "all_bytes": experts * size,
+                "share": min(experts, max(0, left) // size) / experts,
+                "host_fits": experts * size <= profile.cpu.memory_bytes,
             }
             for each in PRECISIONS
+            for size in [expert_bytes(spec, each)]
         ],
         "bits": bits,
     }
@@ -94,7 +91,7 @@ def fits(memory: Mapping[str, Any]) -> str:
 def naive_of(asked: Question) -> dict[str, float]:
     """Return what pure bandwidth says, the formula of many calculators, in tokens/s.
 
-    Bytes per second over the bytes of the experts that one token activates.
+    Bytes per second over the bytes of the experts that one token activates: of one sequence.
     """
     active = asked.spec.layers * asked.spec.top_k * asked.expert_bytes
     return {
@@ -110,8 +107,13 @@ def lacks(memory: Mapping[str, Any]) -> list[str]:
     if memory["missing"]:
         said.append(f"the GPU lacks {size_in_words(memory['missing'])}")
     if memory["host_missing"]:
-        said.append(f"the host lacks {size_in_words(memory['host_missing'])} for experts")
+        said.append(f"the host lacks {size_in_words(memory['host_missing'])} to keep all experts")
     return said
+
+
+def each_of(batch: int) -> str:
+    """Return what to say behind the context of one of several sequences."""
+    return f" x {batch} sequences" if batch > 1 else ""
 
 
 def ways_out(data: Mapping[str, Any]) -> list[str]:
@@ -121,7 +123,7 @@ def ways_out(data: Mapping[str, Any]) -> list[str]:
     if memory["missing"]:
         most = memory["most_context"]
         said.append(
-            f"with a context of at most {most} tokens the rest fits"
+            f"with a context of at most {most} tokens{each_of(data['batch'])} the rest fits"
             if most >= LEAST_CONTEXT
             else f"not even {LEAST_CONTEXT} tokens, the least context that is simulated, have room"
             " beside the weights outside the experts"

@@ -1,6 +1,10 @@
 """Work for all cores of this machine, in processes of joblib's."""
 
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from threading import Thread
 from typing import TypeVar
 
 from moesim.real.devices import usable_cores
@@ -10,6 +14,8 @@ Value = TypeVar("Value")
 
 WORTH = 4
 """Fewer items than so many per process are done in this one: starting another takes a second."""
+WATCH_S = 0.5
+"""How often a process looks whether its parent is still there."""
 
 
 def spread(
@@ -33,7 +39,8 @@ def spread(
     from joblib import Parallel, delayed
 
     pool = Parallel(count, return_as="generator_unordered", batch_size=1)
-    yield from pool(delayed(numbered)(function, index, item) for index, item in enumerate(items))
+    work, parent = delayed(numbered), os.getpid()
+    yield from pool(work(function, index, item, parent) for index, item in enumerate(items))
 
 
 def processes(items: int, jobs: int | None = None) -> int:
@@ -41,6 +48,25 @@ def processes(items: int, jobs: int | None = None) -> int:
     return min(usable_cores() if jobs is None else jobs, -(-items // WORTH))
 
 
-def numbered(function: Callable[[Item], Value], index: int, item: Item) -> tuple[int, Value]:
-    """Return an item's index and what a function returns for it."""
+def numbered(
+    function: Callable[[Item], Value], index: int, item: Item, parent: int
+) -> tuple[int, Value]:
+    """Return an item's index and what a function returns for it, in a process of `parent`'s."""
+    end_with(parent)
     return index, function(item)
+
+
+@cache
+def end_with(parent: int) -> None:
+    """End this process soon after its parent.
+
+    Processes of joblib's know nothing of a parent that was killed: they finish what they were
+    given, and wait five minutes for more.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

@@ -15,12 +15,13 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
+from moesim.answers.compare import changes
 from moesim.answers.memory import Question
 from moesim.answers.parallel import spread
 from moesim.answers.points import Point, run_point
+from moesim.answers.verdict import FUTURE
 from moesim.errors import InputError, MoesimError
 from moesim.model import ModelSpec, spec_to_dict
-from moesim.policies.registry import Chosen
 from moesim.sim.metrics import TIMES, explain, link_bytes, summarize
 from moesim.sim.replay import Replayed
 from moesim.traces.format import Trace, rows_by_sequence, write_trace
@@ -114,7 +115,7 @@ class Clock:
 def measure(task: Task) -> Measured:
     """Replay a task's point, and return the part of it that is wanted."""
     try:
-        run = run_point(task.point)
+        run = run_point(task.point, record=task.kind == "decode")
     except MoesimError as error:
         return Measured(error=" ".join(str(error).split()))
     return settled(run) if task.kind == "decode" else prompt_step(run)
@@ -152,17 +153,13 @@ def settled(run: Replayed) -> Measured:
 
 
 def changes_of(run: Replayed) -> str:
-    """Say in a few words why a policy's text is not the model's; empty if it is."""
-    chosen: Chosen = run.prepared.chosen
-    if getattr(chosen.cls, "declares_future", False):
-        return "sees the future"
-    if chosen.name == "fate":
-        return "fewer bits"
-    if chosen.name == "pregated":
+    """Say in a few words what a recorded run did that the model does not, or that nobody can."""
+    assert run.log is not None
+    if run.prepared.chosen.name == "pregated":  # the future that it sees is that of other gates
         return "retrained gates"
-    if chosen.parameters.get("deferred", 0):
-        return "experts late"
-    return ""
+    bits, late = changes(run.log, run.prepared.setting.precision)
+    said = [FUTURE] * any(FUTURE in line for line in run.prepared.notices)
+    return ", ".join([*said, *["fewer bits"] * bool(bits), *["experts late"] * late])
 
 
 def made_up(spec: ModelSpec, context: int, batch: int) -> tuple[Trace, str]:

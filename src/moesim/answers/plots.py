@@ -380,8 +380,13 @@ def draw_speed_lines(axes: Any, rows: list[Row], experts_bytes: int | None) -> N
     top = 1.2 * best
     if bounds and min(bounds.values()) < ROOM * best:
         top = max(top, min(1.05 * max(bounds.values()), ROOM * best))
-        axes.fill_between(at, list(bounds.values()), max(top, *bounds.values()), color="0.92")
-        axes.plot(at, list(bounds.values()), color=LIMIT, linewidth=3, label="no policy exceeds")
+        highest = list(bounds.values())
+        # Between two budgets nothing exceeds the bound of the larger one; less is not known.
+        axes.fill_between(at, highest, max(top, *highest), step="pre", color="0.92")
+        axes.plot(
+            at, highest,
+            color=LIMIT, linewidth=3, drawstyle="steps-pre", label="no policy exceeds",
+        )  # fmt: skip
     elif bounds:
         low, high = digits(min(bounds.values())), digits(max(bounds.values()))
         span = low if low == high else f"{low} to {high}"

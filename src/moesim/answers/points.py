@@ -6,7 +6,8 @@ loaded once per process. The same point gives the same row wherever it is evalua
 """
 
 import hashlib
-from functools import lru_cache
+import inspect
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from moesim.answers.stretch import stretched_costs, stretched_host
 from moesim.costs import build_costs
 from moesim.errors import InputError
 from moesim.model import ModelSpec, load_model, model_digest
-from moesim.policies.registry import choose
+from moesim.policies.registry import BUILTIN, choose, load_class
 from moesim.profile import HardwareProfile, load_profile, profile_digest
 from moesim.run import Prepared
 from moesim.sim.engine import machine_for
@@ -29,6 +30,11 @@ from moesim.traces.format import Trace
 from moesim.traces.importers import load_trace
 from moesim.traces.synthetic import synthesize
 
+DECIDING = (
+    "*.py", "answers/inputs.py", "answers/points.py", "answers/stretch.py", "policies/**/*.py",
+    "sim/**/*.py", "traces/**/*.py",
+)  # fmt: skip
+"""The code of moesim that decides results."""
 KEPT = 8
 """Traces, models and profiles of each kind that a process keeps."""
 KEPT_DIGESTS = 4096
@@ -127,11 +133,10 @@ def kept_profile(name: str | None, at_ns: int) -> HardwareProfile:
 def digest(point: Point) -> str:
     """Return 16 hex digits that change with whatever may change the point's row.
 
-    Files count by what they hold; what is made up, by what it is made of. Raises MoesimError for
-    what is not there.
+    Files count by what they hold, code of moesim and policies included; what is made up, by what
+    it is made of. Raises MoesimError for what is not there.
     """
     path = Path(point.trace) if point.trace is not None else example_path()
-    policy = point.policy.partition(":")[0]
     plain = msgspec.structs.replace(
         point,
         trace=None if point.synth else trace_digest(path, changed(path), point.model),
@@ -139,15 +144,20 @@ def digest(point: Point) -> str:
         hardware=named_profile_digest(point.hardware, changed(point.hardware or "")),
         machine="auto",
     )
-    source = source_digest(policy, changed(policy)) if policy.endswith(".py") else ""
-    text = msgspec.json.encode((__version__, source, plain), order="deterministic")
+    source = source_of(point.policy.partition(":")[0])
+    sources = own_sources(), source and source_digest(source, changed(source))
+    # Not the struct itself: it leaves out what *is* its default, which a copy of it is not.
+    fields = msgspec.structs.asdict(plain)
+    text = msgspec.json.encode((__version__, sources, fields), order="deterministic")
     return hashlib.sha256(text).hexdigest()[:16]
 
 
 @lru_cache(KEPT_DIGESTS)
 def trace_digest(path: Path, at_ns: int, model: str | None) -> str:
-    """Return the digest of `kept_trace`."""
-    return kept_trace(path, at_ns, model).digest()
+    """Return the digest of `kept_trace`, and of what it says about itself, as its model."""
+    trace = kept_trace(path, at_ns, model)
+    meta = msgspec.json.encode(trace.meta, order="deterministic", enc_hook=str)
+    return f"{trace.digest()} {hashlib.sha256(meta).hexdigest()}"
 
 
 @lru_cache(KEPT_DIGESTS)
@@ -160,6 +170,27 @@ def named_model_digest(name: str, at_ns: int) -> str:
 def named_profile_digest(name: str | None, at_ns: int) -> str:
     """Return the digest of `kept_profile`."""
     return profile_digest(kept_profile(name, at_ns))
+
+
+@cache
+def own_sources() -> str:
+    """Return the digest of the code of moesim that decides what a point's row is."""
+    root = Path(__file__).parent.parent
+    sha = hashlib.sha256()
+    for path in sorted(path for pattern in DECIDING for path in root.glob(pattern)):
+        sha.update(f"{path.relative_to(root).as_posix()} ".encode() + path.read_bytes())
+    return sha.hexdigest()
+
+
+@cache
+def source_of(policy: str) -> str:
+    """Return the file that a policy's code is in; "" for one that ships with moesim.
+
+    Raises InputError if there is no such policy.
+    """
+    if policy in BUILTIN:
+        return ""
+    return policy if policy.endswith(".py") else inspect.getsourcefile(load_class(policy)) or ""
 
 
 @lru_cache(KEPT_DIGESTS)
@@ -194,11 +225,12 @@ def prepared_of(point: Point, found: Named | None = None) -> Prepared:
     return given.prepare(chosen, point.seed, costs)
 
 
-def run_point(point: Point) -> Replayed:
-    """Replay a point; raise MoesimError for one that cannot be."""
+def run_point(point: Point, record: bool = False) -> Replayed:
+    """Replay a point, and `record` its log; raise MoesimError for one that cannot be."""
     prepared = prepared_of(point)
     machine = machine_for(prepared, point.machine, lambda _: None)
-    return replay(prepared, machine=machine, seed=point.seed, jitter=round(point.jitter * 1024))
+    jitter = round(point.jitter * 1024)
+    return replay(prepared, machine=machine, seed=point.seed, jitter=jitter, record=record)
 
 
 def row_of(point: Point) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def documents_of(result: "Reported") -> list[Document]:
         return [read_document(Path(result))]
     name = type(result).__name__.lower()
     if isinstance(result, Swept):
-        return [Document(name, points_of(list(result.rows()), name))]
+        return [Document(name, points_of(result.rows(), name))]
     data = getattr(result, "data", None)
     if data is None:
         raise InputError(f"{result!r:.80} is no result; give a path, or what moesim returns")

@@ -15,7 +15,7 @@ import msgspec
 
 from moesim import __version__
 from moesim.answers.parallel import processes, spread
-from moesim.answers.points import Point, flat, inputs_of, run_point
+from moesim.answers.points import Point, digest, flat, inputs_of, run_point
 from moesim.answers.store import Finished, Store
 from moesim.errors import InputError, MoesimError
 from moesim.jit.store import record_of
@@ -90,8 +90,12 @@ def prepared_one(tasks: Sequence[Task]) -> Prepared | None:
     return None
 
 
-def run_here(tasks: Sequence[Task], store: Store, jobs: int | None) -> Iterator[str]:
+def run_here(
+    tasks: Sequence[Task], store: Store, jobs: int | None, apart: bool = False
+) -> Iterator[str]:
     """Evaluate tasks in processes of this machine; give each one's digest when it is kept.
+
+    With `apart` none of them is this one, in which few tasks are evaluated otherwise.
 
     Where a process is killed, what is left goes on in new ones. What it was at is then tried by
     itself, and kept as failed if that kills its process again. Raises InputError if processes are
@@ -101,7 +105,7 @@ def run_here(tasks: Sequence[Task], store: Store, jobs: int | None) -> Iterator[
     for death in range(MOST_DEATHS):
         told = set()
         try:
-            for at, _ in spread(partial(evaluate, store), left, jobs, apart=death > 0):
+            for at, _ in spread(partial(evaluate, store), left, jobs, apart=apart or death > 0):
                 told.add(left[at].digest)
                 yield left[at].digest
         except BrokenExecutor:
@@ -125,7 +129,7 @@ def run_here(tasks: Sequence[Task], store: Store, jobs: int | None) -> Iterator[
 def evaluate(store: Store, task: Task) -> None:
     """Evaluate a task and keep what became of it."""
     store.begin(task.digest)
-    store.write(task.digest, finish(task.point))
+    store.write(task.digest, finish(task))
 
 
 def evaluate_alone(store: Store, task: Task) -> None:
@@ -140,10 +144,19 @@ def evaluate_alone(store: Store, task: Task) -> None:
     store.write(task.digest, Finished(point=task.point, error=error, seconds=0.0))
 
 
-def finish(point: Point) -> Finished:
-    """Return what becomes of a point: its row, or why there is none."""
+def finish(task: Task) -> Finished:
+    """Return what becomes of a point: its row, or why there is none.
+
+    Raises InputError if what it names is not what it was when the sweep began, or other files lie
+    where this runs: the result would be kept as that of something else.
+    """
     began = time.perf_counter()
-    row, error = None, ""
+    point, row, error = task.point, None, ""
+    if digest(point) != task.digest:
+        raise InputError(
+            "moesim's code or a file that the grid names has changed since the sweep began, or is "
+            "another one where a worker runs; the same command goes on with what is there now"
+        )
     try:
         result = summarize(run_point(point))
         row = {**flat(result), "why": explain(result)}
@@ -151,7 +164,7 @@ def finish(point: Point) -> Finished:
         error = f"{caught}"
     except MemoryError:
         error = "it needs more memory than there is"
-    except Exception as caught:
+    except (Exception, SystemExit) as caught:
         error = f"{type(caught).__name__}: {caught}"
     seconds = time.perf_counter() - began
     return Finished(point=point, row=row, error=" ".join(error.split()), seconds=seconds)
@@ -179,7 +192,7 @@ def run_there(tasks: Sequence[Task], store: Store, scheduler: str) -> Iterator[s
         def submitted(task: Task, attempt: str = "") -> Any:
             key = f"moesim-{task.digest}{attempt}"
             under_way[key] = task
-            return client.submit(finish, task.point, key=key, pure=False)
+            return client.submit(finish, task, key=key, pure=False)
 
         # A scheduler that knows of all tasks would be slow.
         window = WINDOW * max(1, sum(client.nthreads().values()))

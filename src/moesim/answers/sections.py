@@ -87,7 +87,7 @@ def of_runs(documents: Sequence[Document]) -> list[Section]:
     groups: dict[tuple[Any, ...], list[Document]] = {}
     for one in documents:
         groups.setdefault(question(one.content), []).append(one)
-    sections = []
+    sections: list[Section] = []
     for group in groups.values():
         mine = sorted(
             group, key=lambda one: (one.content.run.budget_bytes, -one.content.tokens_per_s)
@@ -99,6 +99,10 @@ def of_runs(documents: Sequence[Document]) -> list[Section]:
             f"{first.run.model} {'measured ' if measured else ''}on {where}: "
             f"{in_all(first.sequences, first.prompt_tokens, first.output_tokens)}"
         )
+        if first.run.jitter:
+            title += f", operations up to {first.run.jitter:.1%} longer"
+        if title in (section.title for section in sections):
+            title += f", workload {first.run.workload or 'unknown'}"
         rows = [row_of(one.content) for one in mine]
         tables = [
             speed_table(f"{size_in_words(some[0].budget_bytes)} for experts", some)
@@ -115,7 +119,7 @@ def of_runs(documents: Sequence[Document]) -> list[Section]:
             Section(
                 title,
                 answers_of(rows),
-                [*tables, *run_tables([one.content for one in mine])],
+                [*tables, *run_tables([one.content for one in mine]), time_table(rows)],
                 pictures(rows),
                 lines=lines,
                 notes=list(notes),
@@ -131,8 +135,8 @@ def question(run: Run) -> tuple[Any, ...]:
     about = run.run
     real = None if about.machine in SIMULATORS else about.machine
     return (
-        about.trace, about.model_digest, about.hardware_digest, about.bits, about.seed,
-        run.sequences, run.prompt_tokens, run.output_tokens, real,
+        about.trace, about.workload, about.model_digest, about.hardware_digest, about.bits,
+        about.seed, about.jitter, run.sequences, run.prompt_tokens, run.output_tokens, real,
     )  # fmt: skip
 
 
@@ -159,6 +163,8 @@ def of_comparison(document: Document) -> Section:
     for one in cells:
         rows = [row for row in found.rows if of_cell(row, one.about)]
         tables.append(comparison_table(verdict.heading(one), rows, found.baseline))
+    if found.rows:
+        tables.append(time_table(found.rows))
     notes = [line for one in cells for line in verdict.below(one)]
     about = {
         "file": document.name, "digest of the file": document.digest, "model": found.model,
@@ -199,6 +205,7 @@ def of_sweep(document: Document) -> Section:
     tables = [
         sweep_table("The best point of each policy", keys, best),
         sweep_table("What is worth its memory: faster than all with less", keys, pareto),
+        *([time_table([row for _, row in best])] if best else []),
     ]
     if failed:
         heads = [Head(key, False) for key in (*keys, "cannot run")]
@@ -546,6 +553,18 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
     ]
 
 
+def time_table(rows: Sequence[Row]) -> Table:
+    """Return where the time of a token went: the numbers of the picture of that."""
+    shown = sorted(rows, key=lambda row: -row.tokens_per_s)[:MOST_ROWS]
+    causes = interactive.causes_of(shown)
+    body: list[list[str | Cell]] = [
+        [name, *(cell(interactive.per_token_ms(row, cause)) for cause in causes)]
+        for row, name in zip(shown, interactive.names_of(rows, shown), strict=True)
+    ]
+    heads = [Head("policy", False), *(Head(cause.replace("_", " ")) for cause in causes)]
+    return Table("Where the time went, in ms per generated token", heads, body)
+
+
 def pictures(rows: Sequence[Row]) -> list[Plot]:
     """Return the pictures of rows: speed, time by cause, hit rates by layer."""
     if not rows:
@@ -559,9 +578,10 @@ def run_identity(title: str, documents: Sequence[Document]) -> list[Table]:
     """Return what identifies runs of one question: what they share, and a row for each."""
     first: Run = documents[0].content
     shared = {
-        "trace": first.run.trace, "model": first.run.model, "model digest": first.run.model_digest,
-        "hardware": first.run.hardware, "hardware digest": first.run.hardware_digest,
-        "bits": first.run.bits, "seed": first.run.seed,
+        "trace": first.run.trace, "workload": first.run.workload, "model": first.run.model,
+        "model digest": first.run.model_digest, "hardware": first.run.hardware,
+        "hardware digest": first.run.hardware_digest, "bits": first.run.bits,
+        "seed": first.run.seed, "jitter": first.run.jitter,
     }  # fmt: skip
     names = ("policy", "budget", "operations", "machine", "moesim", "file", "digest of the file")
     rows: list[list[str | Cell]] = []

@@ -25,6 +25,9 @@ ROWS_AT_ONCE = 4096
 TEXTS = ("notices", "prefetch.predictors")
 """Columns that are lists of texts; all other lists are of numbers."""
 
+EMPTY = {"error": "text"}
+"""Kinds of columns without a value, if they are not numbers."""
+
 Row = dict[str, Any]
 
 
@@ -54,9 +57,10 @@ class Store(NamedTuple):
     def read(self, digest: str) -> Finished | None:
         """Return a finished point; None if it is not there, or its file is broken."""
         try:
-            return msgspec.json.decode(self.path(digest).read_bytes(), type=Finished)
+            found = msgspec.json.decode(self.path(digest).read_bytes(), type=Finished)
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
+        return None if (found.row is None) == (not found.error) else found
 
     def begin(self, digest: str) -> None:
         """Note that this process is evaluating a point."""
@@ -100,7 +104,7 @@ def held(store: Store) -> Iterator[None]:
     with (store.folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"{store.folder}: another sweep is writing there") from None
         yield
 
@@ -121,7 +125,7 @@ def kinds_of(rows: Iterable[Row]) -> dict[str, str]:
                 kinds[key] = "float" if known else kind
             else:
                 kinds[key] = "text"
-    return {key: kind or "float" for key, kind in kinds.items()}
+    return {key: kind or EMPTY.get(key, "float") for key, kind in kinds.items()}
 
 
 def kind_of(key: str, value: Any) -> str:
@@ -138,10 +142,13 @@ def write_table(path: Path, kinds: dict[str, str], rows: Iterable[Row]) -> None:
     parquet = imported("pyarrow.parquet")
     part = path.with_name(path.name + PART)
     blocks = iter(rows)
-    with parquet.ParquetWriter(part, schema_of(kinds)) as writer:
-        while block := list(islice(blocks, ROWS_AT_ONCE)):
-            writer.write_table(table_of(kinds, block))
-    part.replace(path)
+    try:
+        with parquet.ParquetWriter(part, schema_of(kinds)) as writer:
+            while block := list(islice(blocks, ROWS_AT_ONCE)):
+                writer.write_table(table_of(kinds, block))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def table_of(kinds: dict[str, str], rows: Sequence[Row]) -> "pa.Table":

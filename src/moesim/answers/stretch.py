@@ -17,13 +17,14 @@ from moesim.types import (
     EXPERT_GPU,
     GATE,
     HEAD,
+    MOVE,
     SEND,
     SHARED,
 )
 
 HOST = "host"
 KINDS_OF = {
-    "gpu": (ATTENTION, GATE, SHARED, EXPERT_GPU, COMBINE, HEAD),
+    "gpu": (ATTENTION, GATE, SHARED, EXPERT_GPU, COMBINE, HEAD, MOVE),
     "cpu": (EXPERT_CPU, ATTENTION_CPU),
     "link": (COPY_IN, SEND),
     "disk": (DISK_READ,),

@@ -73,23 +73,25 @@ def sweep(
     if path is None:
         folder = Path(tempfile.mkdtemp(prefix="moesim-"))
         try:
-            swept = swept_in(Store(folder), read, jobs, scheduler, progress, retry_failed, say)
+            swept = swept_in(
+                Store(folder), None, read, jobs, scheduler, progress, retry_failed, say
+            )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         weakref.finalize(swept, shutil.rmtree, folder, ignore_errors=True)
         return swept
-    swept = swept_in(Store(folder_of(path)), read, jobs, scheduler, progress, retry_failed, say)
-    write_table(path, swept.kinds, swept.rows())
-    return swept
+    store = Store(folder_of(path))
+    return swept_in(store, path, read, jobs, scheduler, progress, retry_failed, say)
 
 
 def swept_in(
-    store: Store, grid: Grid, jobs: int | None, scheduler: str | None, progress: Progress | None,
-    retry_failed: bool, say: Say,
+    store: Store, table: Path | None, grid: Grid, jobs: int | None, scheduler: str | None,
+    progress: Progress | None, retry_failed: bool, say: Say,
 ) -> Swept:  # fmt: skip
-    """Run what a store lacks of a grid, and return everything; see `sweep`."""
+    """Run what a store lacks of a grid, write its table, and return everything; see `sweep`."""
     with held(store):
+        begun = store.begun()
         store.forget_begun()
         plan = plan_of(grid, store, retry_failed)
         for task in plan.tasks:
@@ -98,14 +100,18 @@ def swept_in(
         if plan.tasks:
             tasks = with_machines(plan.tasks, jobs, say)
             running = (
-                run_here(tasks, store, jobs)
+                # What was begun may have killed its process, and would kill this one, too.
+                run_here(tasks, store, jobs, any(task.digest in begun for task in tasks))
                 if scheduler is None
                 else run_there(tasks, store, scheduler)
             )
         for count, _ in enumerate(running, 1):
             if progress is not None:
                 progress(plan.done + count, plan.points)
-    return Swept(grid, store, plan.digests, plan.done)
+        swept = Swept(grid, store, plan.digests, plan.done)
+        if table is not None:
+            write_table(table, swept.kinds, swept.rows())
+        return swept
 
 
 def load_grid(grid: Path | str | Mapping[str, Any]) -> Grid:

@@ -1,6 +1,6 @@
 """What came of a sweep: a row per point, the best ones, and what is worth its memory."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -82,23 +82,27 @@ class Swept:
         that differ in nothing but the policy.
         """
         best: dict[str, Row] = {}
+        alike: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
         for row in sorted(self.good, key=lambda row: -float(row[SPEED])):
             best.setdefault(row["run.policy"], row)
-        alike: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-        for row in self.good:
-            alike[tuple(row[key] for key in self.others)].append(row)
+            setting = tuple(row[key] for key in self.others)
+            alike[setting].setdefault(row["run.policy"], row[SPEED])
+        wins: Counter[str] = Counter()
+        met: Counter[str] = Counter()
+        for speeds in alike.values():
+            most = max(speeds.values())
+            met.update(list(speeds))
+            wins.update([policy for policy, speed in speeds.items() if speed == most])
         most = max((float(row[SPEED]) for row in best.values()), default=1.0)
-        found = []
-        for policy, row in best.items():
-            among = [rows for rows in alike.values() if policy in {r["run.policy"] for r in rows}]
-            wins = sum(
-                max(r[SPEED] for r in rows if r["run.policy"] == policy)
-                == max(r[SPEED] for r in rows)
-                for rows in among
-            )
-            share = float(row[SPEED]) / most
-            found.append({**row, "share": share, "fastest_in": wins, "compared_in": len(among)})
-        return found
+        return [
+            row
+            | {
+                "share": row[SPEED] / most,
+                "fastest_in": wins[policy],
+                "compared_in": met[policy],
+            }
+            for policy, row in best.items()
+        ]
 
     @property
     def data(self) -> dict[str, Any]:

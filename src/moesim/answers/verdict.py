@@ -86,7 +86,8 @@ def answer(cell: Cell) -> str:
         return f"{line}; a tie with {listed([shown[name] for name in tied])}"
     if others:
         behind = 1 - others[0]["tokens_per_s"] / best["tokens_per_s"]
-        line += f"; {name_of(others[0])} is second, {behind:.0%} slower"
+        share = f"{behind:.0%}" if behind >= 0.01 else "less than 1%"
+        line += f"; {name_of(others[0])} is second, {share} slower"
     return line
 
 
@@ -183,7 +184,7 @@ def rule(data: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"± is {deviations} of a speed, for what is uncertain about the machine: {sections}. That"
         f" is the same for all policies; {varies}. The simulator's own error is not in it: see"
-        " `moesim validate`."
+        " moesim validate."
     )
     yield (
         f"Rank is 1 + the number of policies that are certainly faster: by {deviations} of the"

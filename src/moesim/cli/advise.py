@@ -150,11 +150,11 @@ def show_policies(console: "Console", data: dict[str, Any]) -> None:
     exact = [row for row in data["candidates"] if not row["changes"] or best["changes"]]
     other = max(exact, key=lambda row: float(row["prefill_tokens_per_s"]))
     if other["prefill_tokens_per_s"] > best["prefill_tokens_per_s"]:
-        prefill += f"; `{other['policy']}` prefills faster, {other['prefill_tokens_per_s']:.0f}"
+        prefill += f"; {other['policy']} prefills faster, {other['prefill_tokens_per_s']:.0f}"
     console.print(f"{prefill}\n{best['why']}\n", soft_wrap=True)
     grid = table("tokens/s by policy", "decode", "prefill", "")
     for row in data["candidates"]:
-        said = [f"not exact: {row['changes']}"] if row["changes"] else []
+        said = [changes_in_words(row["changes"])] if row["changes"] else []
         said += ["recommended"] if row["policy"] == best["policy"] else []
         said += ["decodes as --n-cpu-moe"] if row["policy"] == "static" else []
         grid.add_row(
@@ -168,8 +168,17 @@ def show_policies(console: "Console", data: dict[str, Any]) -> None:
         console.print(f"{row['policy']} cannot run: {row['error']}", soft_wrap=True)
 
 
+def changes_in_words(changes: str) -> str:
+    """Return why a policy is not recommended by itself."""
+    from moesim.answers.verdict import FUTURE
+
+    return changes if changes == FUTURE else f"not exact: {changes}"
+
+
 def show_memory(console: "Console", data: dict[str, Any]) -> None:
     """Print who gets the memory."""
+    from moesim.answers.memory import each_of
+
     memory = data["memory"]
     console.print(f"\nGPU memory {memory['gpu_bytes'] / GIB:.1f} GiB", style="bold")
     lines = []
@@ -181,9 +190,7 @@ def show_memory(console: "Console", data: dict[str, Any]) -> None:
                 f"{data['bits']} bit"
             )
         elif name == "kv_cache":
-            said = f"  {data['context']} tokens" + (
-                f" x {data['batch']} sequences" if data["batch"] > 1 else ""
-            )
+            said = f"  {data['context']} tokens{each_of(data['batch'])}"
         what = "missing" if size < 0 else MEMORY_IN_WORDS[name]
         lines.append(f"{size / GIB:8.2f} GiB  {what}{said}")
     if data["fits"] != "wholly":
@@ -195,7 +202,7 @@ def show_memory(console: "Console", data: dict[str, Any]) -> None:
     longest = memory["most_context_wholly"] if data["fits"] == "wholly" else memory["most_context"]
     if data["fits"] != "no" and longest:
         console.print(
-            f"Longest context: {longest} tokens"
+            f"Longest context: {longest} tokens{each_of(data['batch'])}"
             + (
                 " with all experts on the GPU"
                 if data["fits"] == "wholly"
@@ -217,7 +224,8 @@ def show_limits(console: "Console", data: dict[str, Any]) -> None:
     console.print(f"Time per token if this took 10 % longer: {costs}\nBusy: {busy}", soft_wrap=True)
     console.print(
         f"Pure bandwidth would say {naive['dram_tokens_per_s']:.1f} tokens/s (all active experts "
-        f"from DRAM) or {naive['link_tokens_per_s']:.1f} (all over PCIe)",
+        f"from DRAM) or {naive['link_tokens_per_s']:.1f} (all over PCIe)"
+        f"{' for one sequence' * (data['batch'] > 1)}",
         soft_wrap=True,
     )
 

@@ -295,6 +295,7 @@ def show(result: dict[str, Any], run: "Replayed", stderr: bool = False) -> None:
     from rich.table import Table
 
     from moesim.sim.metrics import explain
+    from moesim.sizes import size_in_words
     from moesim.types import BITS, NONE
 
     console = Console(highlight=False, markup=False, stderr=stderr)
@@ -312,8 +313,6 @@ def show(result: dict[str, Any], run: "Replayed", stderr: bool = False) -> None:
         console.print(gain_in_words(result), soft_wrap=True)
     console.print()
     experts = run.prepared.setting.layers * run.prepared.setting.experts
-    budget_bytes = about["budget_bytes"]
-    budget_unit, budget_name = (2**30, "GiB") if budget_bytes >= 2**30 else (2**20, "MiB")
     precision = run.prepared.placement.cached_precision
     cached = about["bits"] if precision == NONE else BITS[precision]
     console.print(
@@ -321,7 +320,7 @@ def show(result: dict[str, Any], run: "Replayed", stderr: bool = False) -> None:
         f"hardware   {about['hardware']}\n"
         f"model      {about['model']}, experts in {about['bits']} bit"
         f"{f', cached in {cached}' if cached != about['bits'] else ''}\n"
-        f"budget     {budget_bytes / budget_unit:.2f} {budget_name}, room for "
+        f"budget     {size_in_words(about['budget_bytes'])}, room for "
         f"{min(run.prepared.setting.slots, experts)} of {experts} experts\n"
         f"workload   {count} sequence{'s' if count > 1 else ''}, "
         f"{result['prompt_tokens']} prompt + {result['output_tokens']} generated tokens"

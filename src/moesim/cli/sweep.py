@@ -119,14 +119,14 @@ def reporting() -> Iterator[Callable[[int, int], None]]:
 
 def lines() -> Callable[[int, int], None]:
     """Return a function that says how far it is, at most every EVERY_S."""
-    began = said = time.monotonic()
+    began = said = 0.0
     before: int | None = None
 
     def progress(done: int, total: int) -> None:
-        nonlocal said, before
-        if before is None:
-            before = done - 1
+        nonlocal began, said, before
         now = time.monotonic()
+        if before is None:  # what came before the first point is no point's time
+            began, said, before = now, now, done
         if now - said < EVERY_S:
             return
         said = now
@@ -269,13 +269,15 @@ def show_front(rows: "list[Row]", swept: "Swept", console: "Console") -> None:
 
 def show_failed(swept: "Swept", console: "Console") -> None:
     """Print why points cannot run, the most frequent reason first, and one point for each."""
+    from moesim.answers.grid import text_of
+
     reasons = Counter(row["error"] for row in swept.failed)
     console.print(f"{len(swept.failed)} of {len(swept.good) + len(swept.failed)} points cannot run")
     for error, count in reasons.most_common(SHOWN):
         row = next(row for row in swept.failed if row["error"] == error)
-        at = ", ".join(f"{key} {row[key]}" for key in swept.grid.keys)
+        at = ", ".join(f"{key} {text_of(row[key])}" for key in swept.grid.keys)
         such = f"{count} such, the first " if count > 1 else ""
-        console.print(f"  {error} ({such}at {at})", soft_wrap=True)
+        console.print(f"  {error}" + (f" ({such}at {at})" if at else ""), soft_wrap=True)
     if len(reasons) > SHOWN:
         console.print(f"  and {len(reasons) - SHOWN} other reasons: see the column error")
     console.print()
