@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 # Long tests that say nothing about how moesim was installed, and those of the checkout's notebooks.
-SAME := $(addprefix --ignore=tests/,test_laws.py test_notebooks.py sim traces/test_fuzz.py traces/test_fit.py)
+SAME := $(addprefix --ignore=tests/,policies sim test_conformance.py test_laws.py test_notebooks.py \
+	real/test_account.py real/test_again.py real/test_engine.py real/test_forward.py \
+	traces/test_fit.py traces/test_fuzz.py)
 
 .PHONY: replay test bench lint format notebooks wheel clean
 
