@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moesim.cli.common import print_json
-from moesim.cli.replay import SETTINGS, with_progress
+from moesim.cli.replay import SETTINGS, policies_with_parameters, with_progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,13 +63,7 @@ GIB = 1 << 30
     metavar="NAME,NAME...|all",
     help="Compare these, with their default parameters.  [default: those that tend to be fast]",
 )
-@click.option(
-    "--policy",
-    "specs",
-    multiple=True,
-    metavar="NAME[:KEY=VALUE,...]",
-    help="A policy and its parameters; may be repeated, and is added to --policies.",
-)
+@policies_with_parameters
 @click.option(
     "--allow-changes",
     is_flag=True,

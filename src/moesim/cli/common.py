@@ -3,6 +3,7 @@
 import importlib
 import keyword
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,17 @@ def print_json(value: Any) -> None:
     import json
 
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write rows as CSV, with a column for each key of any; the file appears whole or not."""
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")
+    unfinished.replace(path)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from moesim.cli.common import check_output, print_json
-from moesim.cli.replay import run_options, with_progress
+from moesim.cli.common import check_output, print_json, write_rows
+from moesim.cli.replay import policies_with_parameters, run_options, with_progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,13 +24,7 @@ Value = TypeVar("Value")
     metavar="NAME,NAME...|all",
     help="Policies with their default parameters.  [default: all that do not see the future]",
 )
-@click.option(
-    "--policy",
-    "specs",
-    multiple=True,
-    metavar="NAME[:KEY=VALUE,...]",
-    help="A policy and its parameters; may be repeated, and is added to --policies.",
-)
+@policies_with_parameters
 @click.option(
     "--baseline",
     default="static",
@@ -104,7 +98,7 @@ def command(
     for line in comparison.data["notices"]:
         click.echo(f"note: {line}", err=True)
     if csv_path is not None:
-        write_csv(comparison, csv_path)
+        write_rows(rows_of(comparison), csv_path)
     if plot is not None:
         from moesim.answers.plots import draw_comparison
 
@@ -144,21 +138,11 @@ def check_files(trace: Path | None, csv_path: Path | None, plot: Path | None) ->
         check_writable(plot, "--plot")
 
 
-def write_csv(comparison: "Comparison", path: Path) -> None:
-    """Write one row per policy, budget and batch; lists are joined with blanks or semicolons."""
-    import csv
-    import io
-
+def rows_of(comparison: "Comparison") -> list[dict[str, Any]]:
+    """Return one row per policy, budget and batch; lists are joined with blanks or semicolons."""
     from moesim.answers.points import flat
 
-    rows = [{key: joined(value) for key, value in flat(row).items()} for row in comparison.rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")
-    unfinished.replace(path)
+    return [{key: joined(value) for key, value in flat(row).items()} for row in comparison.rows]
 
 
 def joined(value: Any) -> Any:

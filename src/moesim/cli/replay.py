@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moesim.cli.common import SHARE, check_output, print_json, setting_pairs
+from moesim.cli.common import SHARE, check_output, print_json, setting_pairs, write_rows
 
 if TYPE_CHECKING:
     from moesim.sim.replay import Replayed
@@ -92,6 +92,13 @@ policy_option = click.option(
     show_default=True,
     metavar="NAME[:KEY=VALUE,...]",
     help="A policy and its parameters; `moesim policies` lists them.",
+)
+policies_with_parameters = click.option(
+    "--policy",
+    "specs",
+    multiple=True,
+    metavar="NAME[:KEY=VALUE,...]",
+    help="A policy and its parameters; may be repeated, and is added to --policies.",
 )
 OUTPUT_OPTIONS = (
     click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else on stdout."),
@@ -246,28 +253,13 @@ def write_outputs(
 
         write_timeline(run, timeline)
     if csv_path is not None:
-        write_csv(run, csv_path)
+        from moesim.sim.metrics import by_step
+
+        write_rows(by_step(run), csv_path)
     if plot is not None:
         from moesim.answers.plots import draw_run
 
         draw_run(run, plot)
-
-
-def write_csv(run: "Replayed", path: Path) -> None:
-    """Write one row per step."""
-    import csv
-    import io
-
-    from moesim.sim.metrics import by_step
-
-    rows = by_step(run)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")
-    unfinished.replace(path)
 
 
 def gain_in_words(result: dict[str, Any]) -> str:

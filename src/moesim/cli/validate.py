@@ -13,7 +13,7 @@ import click
 from moesim.cli.calibrate import DEFAULT_BASE, Bar, check_writable, in_words
 from moesim.cli.common import check_output, print_json
 from moesim.cli.real import DEVICE_HELP
-from moesim.cli.replay import run_options
+from moesim.cli.replay import policies_with_parameters, run_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,13 +39,7 @@ WORTH = 0.01
     metavar="NAME,NAME...",
     help=f"Policies with their default parameters.  [default: {DEFAULT_POLICIES}]",
 )
-@click.option(
-    "--policy",
-    "specs",
-    multiple=True,
-    metavar="NAME[:KEY=VALUE,...]",
-    help="A policy and its parameters; may be repeated, and is added to --policies.",
-)
+@policies_with_parameters
 @run_options
 @click.option("--device", metavar="DEVICE[:KEY=VALUE,...]", help=DEVICE_HELP)
 @click.option(
