@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moesim.errors import CalibrationError
-from moesim.real.emulated import NEXT_NS, Emulated, Throttle, wait_until
+from moesim.real.emulated import Emulated, Throttle, wait_until
 from moesim.real.lanes import BACKGROUND, URGENT, Lane, Ticket, back_to_back, overlap_ns
 
 
@@ -286,8 +286,8 @@ def test_an_operation_is_one_transfer_whatever_its_pieces(monkeypatch: pytest.Mo
     first, second, third = back_to_back(lane, [whole, lambda: parts, whole])
     assert (target == source).all()
     for ticket in (first, second, third):
-        assert 0 <= 5000 - ticket.ns < NEXT_NS
-    assert third.end_ns - first.start_ns == pytest.approx(15_000, abs=NEXT_NS)
+        assert 0 <= 5000 - ticket.ns < 1000  # the lane notices a little late
+    assert third.end_ns - first.start_ns == pytest.approx(15_000, abs=100)
     device.close()
 
 
