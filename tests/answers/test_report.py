@@ -319,6 +319,7 @@ def test_a_comparison_is_a_line_per_policy_and_a_bound(
         assert all("tokens/s" in text for text in lines[name]["hovertext"])
     limits = [cell["bound_tokens_per_s"] for cell in compared.data["cells"]]
     assert lines["bound"]["y"] == pytest.approx(limits)
+    assert lines["bound"]["line"]["shape"] == "vh"  # the next larger budget's, up to there
     assert "MiB" in found.figures[0]["layout"]["xaxis"]["title"]["text"]
 
 

@@ -196,8 +196,11 @@ def lines(rows: Sequence[Row], over: str) -> Plot:
         data.append(trace)
     data += [
         {
-            "type": "scatter", "mode": "lines", "name": plain(name), "x": sorted(own),
-            "y": [own[at] for at in sorted(own)], "line": {"color": "#555555", "dash": "dash"},
+            # What holds with more memory holds with less; between batches nothing is known.
+            "type": "scatter", "mode": "lines" if by_budget else "markers", "name": plain(name),
+            "x": sorted(own), "y": [own[at] for at in sorted(own)],
+            "line": {"color": "#555555", "dash": "dash", "shape": "vh"},
+            "marker": {"color": "#555555", "symbol": "line-ew-open", "size": 16},
             "hovertemplate": f"{BOUND} %{{y:.2f}} tokens/s<extra></extra>",
         }
         for name, own in bounds.items()
